@@ -46,8 +46,8 @@ class TextFormatter(logging.Formatter):
         moment = datetime.datetime.fromtimestamp(record.created)
         clock = f"{moment:%H:%M:%S}.{int(record.msecs):03d}"
         fields = "".join(f" {name}={_shown(value)}" for name, value in fields_of(record).items())
-        line = f"{clock} {record.levelname.lower():<7} {self._role}: {record.getMessage()}{'  ' + fields[1:] if fields else ''}"
-        return line + _trace_of(self, record)
+        line = f"{clock} {record.levelname.lower():<7} {self._role}: {record.getMessage()}"
+        return line + (" " + fields if fields else "") + _trace_of(self, record)
 
 
 class JsonFormatter(logging.Formatter):
