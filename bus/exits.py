@@ -1,0 +1,22 @@
+"""How a role's process ends: exit codes that its parent understands, and the errors that lead to them."""
+
+EXIT_OK = 0
+EXIT_CRASH = 1
+EXIT_CONFIG = 2  # a person must act: the parent reports and ends with this code, it never restarts
+EXIT_UNAVAILABLE = 69  # the server cannot be reached: no traceback, the parent tries again
+EXIT_SUPERSEDED = 75  # somebody else owns what we held: all is dropped, a new child starts with a new epoch
+
+
+class StartError(Exception):
+    """The role cannot start until a person acts. The message is one line that says what to do."""
+
+
+class SupersededError(Exception):
+    """Another process took over what this one held; the child drops everything and ends."""
+
+
+def leaves(error: BaseException) -> list[BaseException]:
+    """The errors inside a group, however deep; a plain error is its own leaf."""
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for inner in error.exceptions for leaf in leaves(inner)]
+    return [error]

@@ -1,0 +1,44 @@
+"""A role with nothing to do but die in the way its prompt file says: `python -m tests.worker.sample_role`."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from bus.child import ParentLine
+from bus.exits import StartError
+from bus.ids import Holder, NodeId
+from bus.parent import Role, run_role
+from bus.settings import Settings
+
+
+async def run(settings: Settings, parent: ParentLine) -> None:
+    """Obeys `<var_dir>/orders`: how to end, one word, or live until told to stop; writes its pid to `<var_dir>/pids`."""
+    folder = Path(settings.var_dir)
+    with (folder / "pids").open("a") as pids:
+        pids.write(f"{os.getpid()}\n")
+    parent.owns(0, NodeId(settings.node_id), Holder(f"{settings.node_id}.{os.getpid()}"))
+    parent.ready()
+    order = (folder / "orders").read_text().strip()
+    if order == "config":
+        raise StartError("no model: fetch one")
+    if order == "crash":
+        raise RuntimeError("a bug")
+    if order == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if order == "deaf":
+        parent.stop = asyncio.Event()  # ignores a stop
+    await parent.stop.wait()
+    (folder / "stopped").touch()
+    parent.left(0, NodeId(settings.node_id), Holder(f"{settings.node_id}.{os.getpid()}"))
+
+
+def names(settings: Settings) -> Iterable[str]:
+    return [settings.node_id] if settings.node_id else ["sample-1", "sample-2"]
+
+
+if __name__ == "__main__":
+    role = Role("tests.worker.sample_role", child="tests.worker.sample_role:run", names=names)
+    sys.exit(run_role(role, sys.argv[1:], os.environ))
