@@ -86,9 +86,16 @@ class Settings:
     open_rate_per_minute: int = _setting(60, GATEWAY, "requests a minute and client address on open routes; 0: no limit", least=0)
     body_max: int = _setting(8_388_608, GATEWAY, "largest request body in bytes; beyond it 413", least=1_024)
     metrics_open: bool = _setting(True, GATEWAY, "`/metrics` answers without a key")
+    trust_forwarded: bool = _setting(False, GATEWAY, "take a client's address from the last hop of `X-Forwarded-For`: only behind a proxy of your own")
+    sse_ping_ms: int = _setting(10_000, GATEWAY, "a silent event stream gets a comment this often, so that proxies keep it open", least=10)
+    sse_buffer_max: int = _setting(262_144, GATEWAY, "bytes a slow reader may lag behind before its stream is cut; it can resume", least=4_096)
+    first_frame_wait_ms: int = _setting(1_000, GATEWAY, "a stream's status line waits this long for the first text, so that an early failure has its own status", least=0)
+    key_cache_ms: int = _setting(5_000, GATEWAY, "a revoked key may be accepted for this long", least=0)
+    drain_ms: int = _setting(20_000, GATEWAY, "how long a stopping gateway lets open requests finish", least=0)
     register_wait_ms: int = _setting(5_000, GATEWAY, "longest wait for the registry to apply a registration; then 504", least=100)
 
     node_allow: str = _setting("", NODES, "comma list of CIDRs and host names that nodes may have, `*` = any; empty: public addresses only")
+    layers_total: int = _setting(32, NODES, "layers of the fleet's model while no node reports more; a node without `layers` gets the least covered range", least=1)
     node_health_check: bool = _setting(True, NODES, "ask `{api_url}/health` before a node is accepted; `off` for closed networks")
     node_health_timeout_ms: int = _setting(5_000, NODES, "longest wait for that answer", least=100)
 
@@ -101,6 +108,7 @@ class Settings:
     dtype: Dtype = _setting("auto", WORKER, "weights: `float32`, `bfloat16`, or `auto` by what the device is fast at")
     kv_tokens: int | None = _setting(None, WORKER, "tokens that the KV cache holds; empty: by model, capacity and memory", least=64)
     prefill_chunk: int = _setting(512, WORKER, "most prompt tokens processed in one step, so that running answers go on", least=1)
+    drain_grace_ms: int = _setting(3_000, WORKER, "how long a stopping worker finishes what it runs before it hands the rest back", least=0)
     flush_ms: int = _setting(30, WORKER, "how often tokens are published; the first goes at once", least=1)
 
     relay_connect_ms: int = _setting(3_000, RELAY, "longest wait for a connection to a node", least=10)
