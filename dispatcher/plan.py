@@ -1,0 +1,101 @@
+"""Which waiting jobs go where in one pass: pure, from one look at queue heads and nodes.
+
+Priority 0 comes first over all models. Within a priority the models take turns, one job each, so that a model with a
+long queue does not take a shared node from the others. Every choice counts against its node at once, so a batch
+spreads. A job that no node can take now is passed over and stays where it is in its queue.
+"""
+
+import heapq
+import random
+from collections.abc import Iterator, Mapping, Sequence
+
+import msgspec
+
+from bus.ids import ModelName
+from dispatcher.rank import Node, Score, Waiting, base_cost_ms, is_kept_for, is_open, promise, rank
+
+ASSIGN_MAX = 64  # jobs of one assign call
+SHORTLIST = 64  # with more nodes than this, only the least loaded are compared for ordinary jobs: one may each be filled
+
+
+class Queued(msgspec.Struct, frozen=True):
+    """One entry at a queue's head."""
+
+    entry_id: str
+    out: str
+    waiting: Waiting
+
+
+class QueueHead(msgspec.Struct, frozen=True):
+    """The first entries of one queue, oldest first."""
+
+    queue: str
+    prio: int
+    model: ModelName
+    entries: Sequence[Queued]
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """A job and the nodes to try in order, each with the terms of its score."""
+
+    queue: str
+    queued: Queued
+    scores: Sequence[Score]
+
+
+def plan(
+    heads: Sequence[QueueHead],
+    nodes: Mapping[ModelName, Sequence[Node]],
+    now_ms: int,
+    turn: int,
+    rng: random.Random,
+    limit: int = ASSIGN_MAX,
+) -> list[Choice]:
+    """Choose nodes for at most `limit` jobs. The nodes' load grows with the choices: pass a fresh look's.
+
+    nodes: by model; a node that serves two models is one object in both lists.
+    turn: grows with each pass and moves the first turn on to the next model.
+    """
+    short = {model: shortlist(every, now_ms) for model, every in nodes.items()}
+    by_id = {node.node: node for every in nodes.values() for node in every}
+    full: set[ModelName] = set()  # models without room for an ordinary job: no need to ask again in this pass
+    choices: list[Choice] = []
+    for queue, queued in in_turn(heads, turn):
+        job = queued.waiting
+        ordinary = not job.alone and not job.avoided
+        if ordinary and job.model in full:
+            continue
+        ranked = rank(job, short.get(job.model, ()) if ordinary else nodes.get(job.model, ()), now_ms, rng)
+        if not ranked:
+            if ordinary:
+                full.add(job.model)
+            continue
+        choices.append(Choice(queue, queued, ranked))
+        best = by_id[ranked[0].node]
+        if job.alone and best.running:
+            best.alone_job, best.alone_until_ms = job.job, now_ms + 1  # being emptied: nothing more in this pass
+        else:
+            promise(best, job)
+        if len(choices) == limit:
+            break
+    return choices
+
+
+def in_turn(heads: Sequence[QueueHead], turn: int) -> Iterator[tuple[str, Queued]]:
+    """Entries in the order in which they are served: by priority, then one of each model at a time."""
+    for prio in sorted({head.prio for head in heads}):
+        peers = sorted((head for head in heads if head.prio == prio), key=lambda head: head.model)
+        first = turn % len(peers)
+        order = peers[first:] + peers[:first]
+        for rank_in_queue in range(max(len(head.entries) for head in order)):
+            for head in order:
+                if rank_in_queue < len(head.entries):
+                    yield head.queue, head.entries[rank_in_queue]
+
+
+def shortlist(nodes: Sequence[Node], now_ms: int) -> Sequence[Node]:
+    """The nodes worth comparing for ordinary jobs: a small fleet as it is, of a large one the least loaded open ones."""
+    if len(nodes) <= SHORTLIST:
+        return nodes
+    usable = [node for node in nodes if is_open(node, now_ms) and not is_kept_for(node, now_ms)]
+    return heapq.nsmallest(SHORTLIST, usable, key=base_cost_ms)
