@@ -1,0 +1,61 @@
+"""Fixtures for all tests: one real server per session, empty for each test that asks for it."""
+
+import asyncio
+import inspect
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+import pytest
+
+from bus.link import Link, ServerAddress
+from tests.harness.servers import ValkeyServer
+
+
+@pytest.fixture(scope="session")
+def session_server() -> Iterator[ValkeyServer]:
+    """Shared by the session; use `server`, which is empty, or a cell of your own."""
+    with ValkeyServer() as server:
+        yield server
+
+
+@pytest.fixture
+def server(session_server: ValkeyServer) -> ValkeyServer:
+    """A running server without data or scripts."""
+    assert session_server.running, "a test stopped the session's server: use own_server for that"
+    session_server.call("FLUSHALL")
+    session_server.call("SCRIPT", "FLUSH")
+    return session_server
+
+
+@pytest.fixture
+def own_server() -> Iterator[ValkeyServer]:
+    """A server that this test may pause, kill and start again; keeps its data (AOF everysec)."""
+    with ValkeyServer(aof="everysec") as server:
+        yield server
+
+
+@pytest.fixture
+def address(server: ValkeyServer) -> ServerAddress:
+    return ServerAddress.parse(server.url)
+
+
+@pytest.fixture
+async def link(address: ServerAddress) -> AsyncIterator[Link]:
+    async with await Link.connect(address, name="test") as link:
+        yield link
+
+
+async def wait_until(
+    condition: Callable[[], object | Awaitable[object]], timeout_s: float = 5.0, step_s: float = 0.01
+) -> None:
+    """Wait for a condition (a plain or async callable), looking every step_s. Fails the test at the deadline."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        outcome = condition()
+        if inspect.isawaitable(outcome):
+            outcome = await outcome
+        if outcome:
+            return
+        if time.monotonic() > deadline:
+            pytest.fail(f"still not so after {timeout_s:g} s: {inspect.getsource(condition).strip()}")
+        await asyncio.sleep(step_s)
