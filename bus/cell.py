@@ -1,0 +1,14 @@
+"""A cell: the typed face of the scripts, the only place that knows their KEYS and ARGV.
+
+Theory of operation. The job hash is the truth; streams carry work and news. Each method is one script on one slot and
+safe to repeat: a caller whose reply was lost calls again. Methods raise LinkDown or ServerError of `bus.link`.
+Where a script may only write keys that the caller declares, the route of the job names them; a script that finds
+another route answers `Moved` and has written nothing.
+"""
+
+from bus.cell_jobs import JobCalls
+from bus.cell_nodes import NodeCalls, SweepCalls
+
+
+class Cell(JobCalls, NodeCalls, SweepCalls):
+    """Cell(link, cell, settings): all calls of one cell over one link. Holds no state of its own."""
