@@ -72,6 +72,7 @@ class Settings:
     stall_limit_ms: int = _setting(60_000, LIVE, "a busy engine without progress for this long loses its lease", least=100)
     unread_ms: int = _setting(5_000, LIVE, "an assigned job that its worker has not started after this goes back", least=50)
     finish_keep_ms: int = _setting(15_000, LIVE, "a worker remembers a finish this long, to repeat it to a server that lost it", least=0)
+    drain_grace_ms: int = _setting(3_000, LIVE, "how long a stopping worker or gateway finishes what it runs before it hands the rest back", least=0)
     node_ttl_ms: int = _setting(30_000, LIVE, "a node is inactive this long after its last heartbeat", least=100)
     node_keep_ms: int = _setting(3_600_000, LIVE, "an inactive node is forgotten this long after its last heartbeat", least=100)
     beat_ms: int = _setting(10_000, LIVE, "how often workers send a heartbeat; at most a third of `node_ttl_ms`", least=10)
@@ -91,7 +92,6 @@ class Settings:
     sse_buffer_max: int = _setting(262_144, GATEWAY, "bytes a slow reader may lag behind before its stream is cut; it can resume", least=4_096)
     first_frame_wait_ms: int = _setting(1_000, GATEWAY, "a stream's status line waits this long for the first text, so that an early failure has its own status", least=0)
     key_cache_ms: int = _setting(5_000, GATEWAY, "a revoked key may be accepted for this long", least=0)
-    drain_ms: int = _setting(20_000, GATEWAY, "how long a stopping gateway lets open requests finish", least=0)
     register_wait_ms: int = _setting(5_000, GATEWAY, "longest wait for the registry to apply a registration; then 504", least=100)
 
     node_allow: str = _setting("", NODES, "comma list of CIDRs and host names that nodes may have, `*` = any; empty: public addresses only")
@@ -108,7 +108,6 @@ class Settings:
     dtype: Dtype = _setting("auto", WORKER, "weights: `float32`, `bfloat16`, or `auto` by what the device is fast at")
     kv_tokens: int | None = _setting(None, WORKER, "tokens that the KV cache holds; empty: by model, capacity and memory", least=64)
     prefill_chunk: int = _setting(512, WORKER, "most prompt tokens processed in one step, so that running answers go on", least=1)
-    drain_grace_ms: int = _setting(3_000, WORKER, "how long a stopping worker finishes what it runs before it hands the rest back", least=0)
     flush_ms: int = _setting(30, WORKER, "how often tokens are published; the first goes at once", least=1)
 
     relay_connect_ms: int = _setting(3_000, RELAY, "longest wait for a connection to a node", least=10)
@@ -118,6 +117,7 @@ class Settings:
     breaker_ms: int = _setting(2_000, RELAY, "a failing node is left out for this long, doubled with each failure", least=1)
     breaker_max_ms: int = _setting(60_000, RELAY, "longest time that a failing node is left out before it is probed", least=1)
 
+    echo_models: str = _setting("echo", ECHO, "comma list of model names that the echo engine answers to")
     echo_delay_ms: int = _setting(0, ECHO, "pause before each token", least=0)
     echo_first_ms: int = _setting(0, ECHO, "pause before the first token", least=0)
     echo_fail_at: int | None = _setting(None, ECHO, "end with a node error at this token", least=0)
