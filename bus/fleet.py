@@ -8,13 +8,15 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from bus.ids import NodeId
+
 LAYER_GB = 6.0  # a node that names no layers gets one per 6 GB: the 24 GB node of the API's example holds four
 
 
 class FleetNode(msgspec.Struct, frozen=True):
     """The part of a registered node that counting needs."""
 
-    node: str
+    node: NodeId
     active: bool
     layers: tuple[int, ...] = ()
 

@@ -33,7 +33,9 @@ class DoorRefusal(msgspec.Struct, frozen=True):
     out: str
 
 
-def read_entry(entry_id: str, fields: Mapping[str, bytes], *, cell: int, cells: int, default_model: str) -> DoorJob | DoorRefusal:
+def read_entry(
+    entry_id: str, fields: Mapping[str, bytes], *, cell: int, cells: int, default_model: str
+) -> DoorJob | DoorRefusal:
     """Never raises: every malformed entry has its reason."""
     own_id = _name(fields.get("id"))
     job_id = new_job_id(cell, own_id or entry_id)
@@ -44,7 +46,9 @@ def read_entry(entry_id: str, fields: Mapping[str, bytes], *, cell: int, cells: 
 
     foreign = sorted(set(fields) - set(FIELDS))
     if foreign:
-        return refuse("unknown_field", f"unknown field {foreign[0][:64]!r}: an entry has the fields {', '.join(FIELDS)}")
+        return refuse(
+            "unknown_field", f"unknown field {foreign[0][:64]!r}: an entry has the fields {', '.join(FIELDS)}"
+        )
     for field in ("id", "reply"):
         if field in fields and _name(fields[field]) is None:
             return refuse("invalid_value", f"{field} must be 1 to 96 characters of A-Z a-z 0-9 _ . -")

@@ -12,10 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import msgspec
 
 from bus.ids import ModelName
-from dispatcher.rank import Node, Score, Waiting, base_cost_ms, is_kept_for, is_open, promise, rank
+from dispatcher.rank import Node, Score, Waiting, base_cost_ms, is_open, promise, rank
 
 ASSIGN_MAX = 64  # jobs of one assign call
-SHORTLIST = 64  # with more nodes than this, only the least loaded are compared for ordinary jobs: one may each be filled
+SHORTLIST = (
+    64  # with more nodes than this, only the least loaded are compared for ordinary jobs: one may each be filled
+)
 
 
 class Queued(msgspec.Struct, frozen=True):
@@ -71,11 +73,7 @@ def plan(
                 full.add(job.model)
             continue
         choices.append(Choice(queue, queued, ranked))
-        best = by_id[ranked[0].node]
-        if job.alone and best.running:
-            best.alone_job, best.alone_until_ms = job.job, now_ms + 1  # being emptied: nothing more in this pass
-        else:
-            promise(best, job)
+        promise(by_id[ranked[0].node], job)
         if len(choices) == limit:
             break
     return choices
@@ -94,8 +92,8 @@ def in_turn(heads: Sequence[QueueHead], turn: int) -> Iterator[tuple[str, Queued
 
 
 def shortlist(nodes: Sequence[Node], now_ms: int) -> Sequence[Node]:
-    """The nodes worth comparing for ordinary jobs: a small fleet as it is, of a large one the least loaded open ones."""
+    """The nodes worth comparing for ordinary jobs: all of a small fleet, the least loaded open ones of a large one."""
     if len(nodes) <= SHORTLIST:
         return nodes
-    usable = [node for node in nodes if is_open(node, now_ms) and not is_kept_for(node, now_ms)]
+    usable = [node for node in nodes if is_open(node, now_ms)]
     return heapq.nsmallest(SHORTLIST, usable, key=base_cost_ms)

@@ -23,7 +23,7 @@ RATE_MIN = 0.1  # tokens/s; a node that has measured nothing yet
 
 
 class Node(msgspec.Struct):
-    """One node that is alive, as the last look showed it; `running` and the promised tokens grow with a pass's picks."""
+    """A node that may get jobs, as the last look showed it; its load grows with a pass's picks."""
 
     node: NodeId
     capacity: int
@@ -33,10 +33,10 @@ class Node(msgspec.Struct):
     prefill_rate: float = 1_000.0  # tokens/s
     decode_rate: float = 20.0  # tokens/s of the whole engine
     failure: float = 0.0  # EWMA of its failures, 0..1; client errors never count
-    draining: bool = False
-    breaker_until_ms: int = 0  # left out until then; afterwards one job probes it, until a success resets this to 0
-    alone_job: str = ""  # the node is kept empty for this job until alone_until_ms
-    alone_until_ms: int = 0
+    broken: bool = False  # its breaker is not closed: nothing before breaker_until_ms, then one probe at a time
+    breaker_until_ms: int = 0
+    probing: bool = False  # a probe is on its way
+    alone: str = ""  # the job that has this node for itself, or for which it runs empty
 
 
 class Waiting(msgspec.Struct, frozen=True):
@@ -47,7 +47,7 @@ class Waiting(msgspec.Struct, frozen=True):
     est_prompt: int
     est_new: int
     avoided: frozenset[NodeId] = frozenset()
-    alone: bool = False  # its second attempt after a crash: only on a node that is empty
+    alone: bool = False  # after its second crash: only on a node that is empty
 
 
 class Score(msgspec.Struct, frozen=True):
@@ -82,22 +82,20 @@ def score(node: Node, est_prompt: int, candidates: int = 0) -> Score:
     wait, penalty = backlog_ms(node), penalty_ms(node)
     prefill = 1_000.0 * est_prompt / max(node.prefill_rate, RATE_MIN)
     total = wait + prefill + penalty
-    return Score(node.node, round(total, 1), round(wait, 1), round(prefill, 1), round(penalty, 1), node.running, candidates)
-
-
-def has_room(node: Node) -> bool:
-    """A node behind a breaker that has run out takes a single probe."""
-    return node.running < (node.capacity if node.breaker_until_ms == 0 else 1)
+    return Score(
+        node.node, round(total, 1), round(wait, 1), round(prefill, 1), round(penalty, 1), node.running, candidates
+    )
 
 
 def is_open(node: Node, now_ms: int) -> bool:
-    """Whether the node takes jobs at all: not draining, its breaker not open, and room for one more."""
-    return not node.draining and node.breaker_until_ms <= now_ms and has_room(node)
+    """Whether the node may be offered one more ordinary job."""
+    if node.running >= node.capacity or node.alone:
+        return False
+    return not node.broken or may_probe(node, now_ms)
 
 
-def is_kept_for(node: Node, now_ms: int) -> str:
-    """The job for which the node is being emptied, "" if none."""
-    return node.alone_job if node.alone_until_ms > now_ms else ""
+def may_probe(node: Node, now_ms: int) -> bool:
+    return node.breaker_until_ms <= now_ms and not node.probing
 
 
 def not_avoided(nodes: Iterable[Node], avoided: Collection[NodeId]) -> list[Node]:
@@ -107,33 +105,15 @@ def not_avoided(nodes: Iterable[Node], avoided: Collection[NodeId]) -> list[Node
     return fresh or every
 
 
-def eligible(job: Waiting, nodes: Iterable[Node], now_ms: int) -> list[Node]:
-    """The nodes that may be offered the job now. A job that must run alone is offered one node only."""
-    allowed = not_avoided(nodes, job.avoided)
-    if job.alone:
-        return _for_lone_job(job, allowed, now_ms)
-    return [node for node in allowed if is_open(node, now_ms) and is_kept_for(node, now_ms) == ""]
-
-
-def _for_lone_job(job: Waiting, nodes: Sequence[Node], now_ms: int) -> list[Node]:
-    """The node already kept for the job; else an empty one; else the one that is likely to be empty first.
-
-    `assign` places the job if that node is empty, and otherwise (re)writes the mark that keeps others off it.
-    """
-    usable = [node for node in nodes if not node.draining and node.breaker_until_ms <= now_ms]
-    kept = [node for node in usable if is_kept_for(node, now_ms) == job.job]
-    if kept:
-        return kept[:1]
-    free = [node for node in usable if is_kept_for(node, now_ms) == ""]
-    return [min(free, key=lambda node: (node.running > 0, base_cost_ms(node)))] if free else []
-
-
 def rank(job: Waiting, nodes: Iterable[Node], now_ms: int, rng: random.Random, at_most: int = 3) -> list[Score]:
     """The best `at_most` nodes for the job, best first, with the terms of their scores; empty if it has to wait.
 
     Nodes within a hair of the best are shuffled, so that dispatchers with the same view do not herd.
     """
-    choice = eligible(job, nodes, now_ms)
+    allowed = not_avoided(nodes, job.avoided)
+    if job.alone:
+        return _rank_lone(job, allowed, now_ms)
+    choice = [node for node in allowed if is_open(node, now_ms)]
     scores = [score(node, job.est_prompt, len(choice)) for node in choice]
     if len(scores) > 1:
         scores.sort(key=lambda one: one.cost_ms)
@@ -145,8 +125,24 @@ def rank(job: Waiting, nodes: Iterable[Node], now_ms: int, rng: random.Random, a
     return scores[:at_most]
 
 
+def _rank_lone(job: Waiting, nodes: Sequence[Node], now_ms: int) -> list[Score]:
+    """Every node that could run the job by itself: the one kept for it, then empty ones, then the soonest empty.
+
+    `assign` takes the first that is empty, or else marks one and keeps others off it until it is.
+    """
+    free = [node for node in nodes if node.alone in ("", job.job) and (not node.broken or may_probe(node, now_ms))]
+    free.sort(key=lambda node: (node.alone != job.job, node.running > 0, base_cost_ms(node)))
+    return [score(node, job.est_prompt, len(free)) for node in free]
+
+
 def promise(node: Node, job: Waiting) -> None:
-    """Count a pick against the node, so that the rest of the batch spreads over the others."""
+    """Count a pick against the node, so that the rest of the batch spreads over the others.
+
+    A lone job takes the whole node, also when that must first run empty.
+    """
     node.running += 1
+    node.probing = node.broken
+    if job.alone:
+        node.alone = job.job
     node.promised_prompt += job.est_prompt
     node.promised_new += job.est_new

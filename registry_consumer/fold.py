@@ -6,7 +6,7 @@ commutative, associative, idempotent. Test: any permutation, any split over cons
 
     register  (epoch e)   the node is e from now on; every one is answered, so none is dropped from a batch
     beat      (epoch e)   a worker's full state; recreates its node
-    heard     (no epoch)  an HTTP node's id; keeps a known node alive, creates nothing
+    http_beat (no epoch)  an HTTP node's id; keeps a known node alive, creates nothing
     drain     (epoch e)   takes no more jobs
     bye       (epoch e)   left: nothing of epoch <= e revives it, whatever its entry id
 """
@@ -19,7 +19,7 @@ import msgspec
 from bus.ids import NodeId
 
 EntryOrder = tuple[int, int]  # a stream entry id as numbers: milliseconds of the server, sequence
-Kind = Literal["register", "beat", "heard", "drain", "bye"]
+Kind = Literal["register", "beat", "http_beat", "drain", "bye"]
 Status = Literal["unknown", "active", "inactive", "left"]
 
 
@@ -37,7 +37,7 @@ class NodeState(msgspec.Struct, frozen=True):
 
     register: News | None = None
     beat: News | None = None
-    heard: News | None = None
+    http_beat: News | None = None
     drain: News | None = None
     bye: News | None = None
 
@@ -51,8 +51,8 @@ class NodeState(msgspec.Struct, frozen=True):
     def last_sign(self) -> EntryOrder:
         """Entry id of the last sign of life of the living epoch; an HTTP beat counts after its registration."""
         living = [one.entry for one in (self.register, self.beat) if one and one.epoch == self.epoch]
-        if self.heard and living and self.heard.entry > min(living):
-            living.append(self.heard.entry)
+        if self.http_beat and living and self.http_beat.entry > min(living):
+            living.append(self.http_beat.entry)
         return max(living, default=(0, 0))
 
     @property
@@ -94,6 +94,11 @@ def to_apply(events: Iterable[News]) -> list[News]:
     What is left out would change nothing after what is kept; its entries are acknowledged with the batch.
     """
     every = list(events)
-    kept = {one for state in fold_all(every).values() for one in (state.beat, state.heard, state.drain, state.bye) if one}
+    kept = {
+        one
+        for state in fold_all(every).values()
+        for one in (state.beat, state.http_beat, state.drain, state.bye)
+        if one
+    }
     kept.update(one for one in every if one.kind == "register")
     return sorted(kept, key=lambda one: (one.entry, one.epoch))

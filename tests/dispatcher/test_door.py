@@ -22,7 +22,7 @@ def refused(**fields: bytes) -> DoorRefusal:
     return result
 
 
-def test_a_plain_entry_is_named_after_its_entry_id_and_answered_there():
+def test_a_plain_entry_is_named_after_its_entry_id_and_answered_there() -> None:
     result = read(job=JOB)
 
     assert isinstance(result, DoorJob)
@@ -31,21 +31,21 @@ def test_a_plain_entry_is_named_after_its_entry_id_and_answered_there():
     assert result.job.messages[0].content == "Hello"
 
 
-def test_own_id_and_reply_name_are_the_producers_choice():
+def test_own_id_and_reply_name_are_the_producers_choice() -> None:
     result = read(job=JOB, id=b"order-7", reply=b"billing")
 
     assert isinstance(result, DoorJob)
     assert (result.job_id, result.out) == ("c0-order-7", "reply:billing")
 
 
-def test_a_job_without_a_model_gets_the_fleets_default():
+def test_a_job_without_a_model_gets_the_fleets_default() -> None:
     result = read(job=b'{"messages":[{"role":"user","content":"x"}]}')
 
     assert isinstance(result, DoorJob)
     assert result.job.model == "default-model"
 
 
-def test_the_wrong_cell_answers_with_the_right_one():
+def test_the_wrong_cell_answers_with_the_right_one() -> None:
     home = cell_of_model("m", 3)
     wrong = (home + 1) % 3
 
@@ -73,21 +73,21 @@ def test_the_wrong_cell_answers_with_the_right_one():
         ({"job": JOB, "prio": b"1"}, "unknown_field"),
     ],
 )
-def test_a_malformed_entry_is_refused_with_its_reason(fields: dict[str, bytes], code: str):
+def test_a_malformed_entry_is_refused_with_its_reason(fields: dict[str, bytes], code: str) -> None:
     result = refused(**fields)
 
     assert result.code == code
     assert result.message
 
 
-def test_a_refusal_goes_to_the_reply_stream_even_if_the_id_is_malformed():
+def test_a_refusal_goes_to_the_reply_stream_even_if_the_id_is_malformed() -> None:
     assert refused(job=JOB, id=b"a b", reply=b"billing").out == "reply:billing"
     assert refused(job=b"{", id=b"order-7").out == "reply:c0-order-7"
     assert refused(job=JOB, id=b"a b").out == f"reply:c0-{ENTRY}"
 
 
 @given(st.dictionaries(st.sampled_from(["job", "id", "reply", "x", ""]), st.binary(max_size=60), max_size=4))
-def test_nothing_that_anybody_can_xadd_raises(fields: dict[str, bytes]):
+def test_nothing_that_anybody_can_xadd_raises(fields: dict[str, bytes]) -> None:
     result = read_entry(ENTRY, fields, cell=0, cells=2, default_model="d")
 
     assert result.out.startswith("reply:")

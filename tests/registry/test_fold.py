@@ -22,52 +22,52 @@ def after(*events: News) -> NodeState:
     return state
 
 
-def test_a_late_beat_of_an_older_epoch_changes_nothing():
+def test_a_late_beat_of_an_older_epoch_changes_nothing() -> None:
     state = after(news("register", 2, 1_000), news("beat", 1, 5_000))
 
     assert state.epoch == 2
     assert state.last_sign == (1_000, 0)
 
 
-def test_a_backlog_of_old_beats_revives_nobody():
+def test_a_backlog_of_old_beats_revives_nobody() -> None:
     """The TTL counts from the entry id, not from when the backlog is read."""
     state = after(*(news("beat", 1, moment) for moment in range(0, 5_000, 100)))
 
     assert status(state, now_ms=4_900 + TTL, ttl_ms=TTL) == "inactive"
 
 
-def test_a_fresh_beat_keeps_a_live_node_alive_though_older_news_arrive_after_it():
+def test_a_fresh_beat_keeps_a_live_node_alive_though_older_news_arrive_after_it() -> None:
     state = after(news("beat", 1, 60_000), news("beat", 1, 100), news("register", 1, 50))
 
     assert status(state, now_ms=61_000, ttl_ms=TTL) == "active"
 
 
-def test_a_beat_alone_recreates_its_node():
+def test_a_beat_alone_recreates_its_node() -> None:
     """After a FLUSHALL nothing is known; a worker's beat is full state."""
     assert status(after(news("beat", 7, 1_000)), 2_000, TTL) == "active"
 
 
-def test_an_http_beat_creates_nothing_and_keeps_a_known_node():
-    assert status(after(news("heard", 0, 1_000)), 1_001, TTL) == "unknown"
-    assert status(after(news("heard", 0, 40_000), news("register", 3, 1_000)), 60_000, TTL) == "active"
+def test_an_http_beat_creates_nothing_and_keeps_a_known_node() -> None:
+    assert status(after(news("http_beat", 0, 1_000)), 1_001, TTL) == "unknown"
+    assert status(after(news("http_beat", 0, 40_000), news("register", 3, 1_000)), 60_000, TTL) == "active"
 
 
-def test_nothing_of_an_epoch_that_said_bye_revives_it():
+def test_nothing_of_an_epoch_that_said_bye_revives_it() -> None:
     state = after(news("beat", 4, 1_000), news("bye", 4, 2_000), news("beat", 4, 3_000))
 
     assert status(state, 3_001, TTL) == "left"
 
 
-def test_a_new_epoch_after_bye_is_alive():
+def test_a_new_epoch_after_bye_is_alive() -> None:
     assert status(after(news("bye", 4, 2_000), news("beat", 5, 1_500)), 3_000, TTL) == "active"
 
 
-def test_draining_ends_with_the_epoch():
+def test_draining_ends_with_the_epoch() -> None:
     assert after(news("beat", 4, 1_000), news("drain", 4, 900)).draining
     assert not after(news("drain", 4, 900), news("register", 5, 1_000)).draining
 
 
-def test_a_batch_is_reduced_to_the_newest_beat_per_node_and_all_registrations():
+def test_a_batch_is_reduced_to_the_newest_beat_per_node_and_all_registrations() -> None:
     """500 beats of one node cost one script, yet every registration gets its answer."""
     beats = [news("beat", 1, moment) for moment in range(100)]
     registrations = [news("register", 1, 5), news("register", 2, 7)]
@@ -78,15 +78,15 @@ def test_a_batch_is_reduced_to_the_newest_beat_per_node_and_all_registrations():
     assert kept == [other, *registrations, beats[-1]]
 
 
-def test_entry_ids_compare_as_numbers():
+def test_entry_ids_compare_as_numbers() -> None:
     assert parse_entry_id("999-10") > parse_entry_id("999-9")
     assert parse_entry_id("1000-0") > parse_entry_id("999-9")
 
 
-kinds: st.SearchStrategy[Kind] = st.sampled_from(["register", "beat", "heard", "drain", "bye"])
+kinds: st.SearchStrategy[Kind] = st.sampled_from(["register", "beat", "http_beat", "drain", "bye"])
 events_drawn = st.lists(
     st.builds(
-        lambda kind, epoch, at, seq, node: news(kind, 0 if kind == "heard" else epoch, at, seq, node),
+        lambda kind, epoch, at, seq, node: news(kind, 0 if kind == "http_beat" else epoch, at, seq, node),
         kinds,
         st.integers(1, 4),
         st.integers(0, 100_000),
@@ -98,7 +98,7 @@ events_drawn = st.lists(
 
 
 @given(events_drawn, st.randoms(use_true_random=False))
-def test_any_order_of_deliveries_ends_in_the_same_state(events: list[News], rng: random.Random):
+def test_any_order_of_deliveries_ends_in_the_same_state(events: list[News], rng: random.Random) -> None:
     shuffled = [*events, *rng.sample(events, k=len(events) // 2)]  # some are delivered twice
     rng.shuffle(shuffled)
 
@@ -106,7 +106,9 @@ def test_any_order_of_deliveries_ends_in_the_same_state(events: list[News], rng:
 
 
 @given(events_drawn, st.randoms(use_true_random=False))
-def test_any_split_over_consumers_and_reduction_of_batches_ends_in_the_same_state(events: list[News], rng: random.Random):
+def test_any_split_over_consumers_and_reduction_of_batches_ends_in_the_same_state(
+    events: list[News], rng: random.Random
+):
     """Three consumers reduce their own batches; what they apply, in whatever order, is worth the whole."""
     batches: list[list[News]] = [[], [], []]
     for event in events:
@@ -118,10 +120,14 @@ def test_any_split_over_consumers_and_reduction_of_batches_ends_in_the_same_stat
 
 
 @given(events_drawn, st.integers(0, 200_000))
-def test_a_node_is_active_only_within_the_ttl_of_a_sign_of_a_living_epoch(events: list[News], now: int):
+def test_a_node_is_active_only_within_the_ttl_of_a_sign_of_a_living_epoch(events: list[News], now: int) -> None:
     for node, state in fold_all(events).items():
         if status(state, now, TTL) == "active":
             left = max((one.epoch for one in events if one.node == node and one.kind == "bye"), default=0)
             assert any(
-                one.node == node and one.kind != "bye" and now - one.entry[0] < TTL and (one.epoch > left or one.kind == "heard") for one in events
+                one.node == node
+                and one.kind != "bye"
+                and now - one.entry[0] < TTL
+                and (one.epoch > left or one.kind == "http_beat")
+                for one in events
             )

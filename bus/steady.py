@@ -1,0 +1,46 @@
+"""Loops of a service that outlive the server's absence: what every background step does when a call fails.
+
+A lost link or a busy one is the world's doing: the step is repeated after a pause, with the cause in the log when it
+begins and when it ends. An error that the server answers (OOM, WRONGTYPE on a foreign key) is logged each time and
+repeated more slowly: a person may mend it while the service runs. Anything else is our bug and ends the process.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+
+from bus.link import LinkBusy, LinkClosed, LinkDown, ServerError
+
+LINK_PAUSE_S = 0.2
+SERVER_PAUSE_S = 1.0
+
+log = logging.getLogger(__name__)
+
+
+async def keep_doing(what: str, step: Callable[[], Awaitable[object]], stop: asyncio.Event) -> None:
+    """Repeat `step` until `stop`; the step itself waits for its work, with a bound. Returns when the link is closed."""
+    down = False
+    while not stop.is_set():
+        try:
+            await step()
+        except LinkClosed:
+            return
+        except (LinkDown, LinkBusy) as error:
+            if not down:
+                log.warning("waits for the server", extra={"step": what, "why": str(error)})
+            down = True
+            await pause(stop, LINK_PAUSE_S)
+        except ServerError as error:
+            log.error("the server refuses", extra={"step": what, "code": error.code, "why": error.message})
+            await pause(stop, SERVER_PAUSE_S)
+        else:
+            if down:
+                log.info("goes on", extra={"step": what})
+            down = False
+
+
+async def pause(stop: asyncio.Event, seconds: float) -> None:
+    """Sleep, but not beyond the stop."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(stop.wait(), seconds)

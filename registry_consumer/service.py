@@ -1,0 +1,154 @@
+"""The registry consumer: registrations, heartbeats, drain and bye -> node hashes with TTLs.
+
+    nodes --batch of 500--> parse --foreign--> dead
+                              |
+                            reduce (fold.to_apply): the newest beat per node, every registration
+                              |
+                            layers for registrations that omit them (assign_layers)
+                              |
+                            apply_events: script checks (epoch, entry id), answers, acks and deletes
+
+Several run at once on one stream; which of them applies what, and in which order, does not matter (fold.py).
+Acknowledged only after the effect: a crash in between delivers again, and the scripts find nothing to change.
+"""
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Sequence
+
+from bus.cell import Cell
+from bus.child import ParentLine
+from bus.events import ForeignEntry, NodeEvent, NodeRegistered, parse_event
+from bus.group import GroupReader
+from bus.ids import NodeId
+from bus.keys import REGISTRY_GROUP
+from bus.link import Entry, Fields, Link, LinkError, Reader, ServerAddress, ServerError
+from bus.settings import Settings
+from bus.steady import keep_doing, pause
+from bus.wire import Applied
+from registry_consumer.assignment import assign_layers
+from registry_consumer.fold import to_apply
+from registry_consumer.news import kind_of, to_news
+
+BATCH = 500
+MAY_PASS = {"OOM", "READONLY", "LOADING", "BUSY", "MASTERDOWN", "NOREPLICAS", "MISCONF", "NOPERM", "CLUSTERDOWN"}
+REMOVE_EVERY_S = 5.0
+
+log = logging.getLogger(__name__)
+
+
+async def run(settings: Settings, parent: ParentLine) -> None:
+    """All cells until the parent says stop; what is in hand is applied first."""
+    address = ServerAddress.parse(settings.redis_url)
+    consumer = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+    async with asyncio.TaskGroup() as group:
+        for number in range(settings.cells):
+            group.create_task(_run_cell(address, number, consumer, settings, parent), name=f"registry c{number}")
+
+
+async def _run_cell(address: ServerAddress, number: int, consumer: str, settings: Settings, parent: ParentLine) -> None:
+    name = f"registry.c{number}"
+    any_key = f"millrace:{{c{number}}}:nodes"
+    timeout_s = settings.connect_timeout_ms / 1000
+    async with (
+        await Link.connect(
+            address, name=name, cell_key=any_key, connect_timeout_s=timeout_s, wait_s=settings.send_wait_ms / 1000
+        ) as link,
+        Reader(address, name=f"{name}.reader", cell_key=any_key, connect_timeout_s=timeout_s) as reader,
+    ):
+        registry = Registry(Cell(link, number, settings), reader, consumer)
+        parent.ready()
+        await registry.run(parent.stop)
+
+
+class Registry:
+    """One consumer on one cell's `nodes` stream."""
+
+    def __init__(self, cell: Cell, reader: Reader, consumer: str) -> None:
+        self._cell = cell
+        self._settings = cell.settings
+        self._reader = reader
+        self._group = GroupReader(
+            cell.link, reader, cell.keys.nodes, REGISTRY_GROUP, consumer, claim_idle_ms=cell.settings.claim_idle_ms
+        )
+
+    async def run(self, stop: asyncio.Event) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(keep_doing("registry batch", self.step, stop), name="batches")
+            tasks.create_task(keep_doing("node removal", lambda: self._remove(stop), stop), name="removal")
+            await stop.wait()
+            await self._group.unblock()
+        try:
+            await self._group.leave()
+        except LinkError:
+            log.warning("left without a word: others remove this consumer")
+
+    async def step(self) -> None:
+        """Wait for a batch (at most BLOCK) and apply it."""
+        entries = await self._group.next_batch(BATCH, self._settings.block_ms)
+        if entries:
+            try:
+                await self.apply(entries)
+            except LinkError:
+                self._group.failed()
+                raise
+        await self._group.clean()
+
+    async def apply(self, entries: Sequence[Entry]) -> None:
+        """Apply what the batch amounts to, then acknowledge all of it."""
+        events = await self._parse(entries)
+        news = {to_news(entry_id, event): entry_id for entry_id, event in events.items()}
+        order = [news[one] for one in to_apply(news)]
+        chosen = await assign_layers(self._cell, [(entry_id, events[entry_id]) for entry_id in order])
+        outcomes: list[Applied | None]
+        try:
+            outcomes = list(await self._cell.apply_events(chosen))
+        except ServerError:
+            outcomes = [await self._apply_alone(entry_id, event, dict(entries)[entry_id]) for entry_id, event in chosen]
+        applied = set(order)
+        await self._group.done([entry_id for entry_id, _ in entries if entry_id not in applied])
+        for (entry_id, event), outcome in zip(chosen, outcomes, strict=True):
+            if outcome is not None:
+                level = logging.INFO if isinstance(event, NodeRegistered) else logging.DEBUG
+                extra = {"kind": kind_of(event), "node": event.node, "entry": entry_id, "outcome": outcome.status}
+                log.log(level, "node event", extra=extra)
+
+    async def _apply_alone(self, entry_id: str, event: NodeEvent, fields: Fields) -> Applied | None:
+        """One event by itself, so that one which the server refuses (a foreign key in its place) costs no neighbour."""
+        try:
+            return (await self._cell.apply_events([(entry_id, event)]))[0]
+        except ServerError as error:
+            if error.code in MAY_PASS:
+                raise
+            await self._bury(entry_id, f"the server refuses it: {error}", fields)
+            return None
+
+    async def _parse(self, entries: Sequence[Entry]) -> dict[str, NodeEvent]:
+        """The entries that are ours, by entry id; the others become dead letters."""
+        events: dict[str, NodeEvent] = {}
+        for entry_id, fields in entries:
+            if not fields:
+                continue  # pending, but deleted meanwhile: acknowledged with the rest
+            try:
+                events[entry_id] = parse_event(fields)
+            except ForeignEntry as reason:
+                await self._bury(entry_id, str(reason), fields)
+        return events
+
+    async def _bury(self, entry_id: str, reason: str, fields: Fields) -> None:
+        log.warning("dead letter", extra={"stream": "nodes", "entry": entry_id, "why": reason})
+        await self._cell.dead_letter(self._cell.keys.nodes, entry_id, reason, fields, group=REGISTRY_GROUP)
+
+    async def _remove(self, stop: asyncio.Event) -> None:
+        """Forget nodes whose last beat is older than node_keep_ms; one script each, which checks again."""
+        keys, link = self._cell.keys, self._cell.link
+        seconds, micros = await link.send("TIME")
+        oldest = int(seconds) * 1000 + int(micros) // 1000 - self._settings.node_keep_ms
+        for raw in await link.send("ZRANGEBYSCORE", keys.nodes_known, "-inf", f"({oldest}", "LIMIT", 0, 100):
+            node = NodeId(raw.decode())
+            if (await self._cell.remove_node(node)).status == "applied":
+                log.info("node forgotten", extra={"node": node, "why": "no beat for node_keep_ms"})
+        await pause(stop, min(REMOVE_EVERY_S, self._settings.node_keep_ms / 1000))
