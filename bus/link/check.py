@@ -12,7 +12,7 @@ VERSION_MIN = (6, 2)
 async def check_server(address: ServerAddress, *, timeout_s: float = 5.0) -> ServerInfo:
     """Raises ServerUnfit with one line that says what to do: unreachable, login refused, too old, evicting."""
     try:
-        wire, info = await dial(address, name="millrace check", cell_key="", timeout_s=timeout_s)
+        wire, info = await dial(address, name="millrace-check", cell_key="", timeout_s=timeout_s)
     except ServerError as error:
         raise ServerUnfit(describe_login_error(address, error)) from error
     except LinkDown as error:
