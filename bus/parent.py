@@ -47,12 +47,17 @@ def _keep(settings: Settings, arguments: list[str]) -> Settings:
     return settings
 
 
+def _drain_grace(settings: Settings) -> int:
+    return settings.drain_grace_ms
+
+
 @dataclasses.dataclass(frozen=True)
 class Role:
     """What `python -m <module>` is: the child's work, its own flags, and the name it must hold on this machine.
 
     child: "module:function" with the signature of `bus.child.ChildMain`, imported in the child only.
     configure: applies the role's command line flags to the settings (argparse: exits 2 by itself).
+    stop_ms: how long a graceful stop may take before the child is killed.
     names: candidates for a name that only one process here may have; the first free one becomes `node_id`.
     """
 
@@ -60,6 +65,7 @@ class Role:
     child: str
     configure: Callable[[Settings, list[str]], Settings] = _keep
     names: Callable[[Settings], Iterable[str]] | None = None
+    stop_ms: Callable[[Settings], int] = _drain_grace
 
 
 def run_role(role: Role, arguments: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -229,17 +235,19 @@ class Parent:
         with contextlib.suppress(ProcessLookupError):
             child.send_signal(signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._kill.wait(), self._settings.drain_grace_ms / 1000 + KILL_MARGIN_S)
+                await asyncio.wait_for(self._kill.wait(), self._role.stop_ms(self._settings) / 1000 + KILL_MARGIN_S)
             child.kill()
 
     async def _release(self, facts: frozenset[str]) -> None:
         """Give back what a dead process held. Bounded by one lease: after that it has lapsed by itself."""
         limit_s = STOP_RELEASE_S if self._stop.is_set() else self._settings.lease_ms / 1000
-        release = (await self._warmed()).release
         try:
+            release = (await self._warmed()).release
             await asyncio.wait_for(release(self._settings, facts), limit_s)
         except TimeoutError:
             log.warning("could not give back what the child held, its lease lapses", extra={"facts": sorted(facts)})
+        except Exception:
+            log.exception("giving back what the child held failed, its lease lapses", extra={"facts": sorted(facts)})
 
     def _warmed(self) -> asyncio.Future[ModuleType]:
         """Import in the background what `down` needs, before it is needed."""

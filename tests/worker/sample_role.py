@@ -15,7 +15,7 @@ from bus.settings import Settings
 
 
 async def run(settings: Settings, parent: ParentLine) -> None:
-    """Obeys `<var_dir>/orders`: how to end, one word, or live until told to stop; writes its pid to `<var_dir>/pids`."""
+    """Ends as the word in `<var_dir>/orders` says, or lives until told to stop; notes its pid in `<var_dir>/pids`."""
     folder = Path(settings.var_dir)
     with (folder / "pids").open("a") as pids:
         pids.write(f"{os.getpid()}\n")

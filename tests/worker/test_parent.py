@@ -80,8 +80,15 @@ class SampleRole:
         self.folder = folder
         (folder / "orders").write_text(order)
         self.output = (folder / "output").open("w+")
-        environ = {**os.environ, "REDIS_URL": "redis://127.0.0.1:1", "MILLRACE_VAR_DIR": str(folder), "MILLRACE_LEASE_MS": "900",
-                   "MILLRACE_RENEW_MS": "200", "MILLRACE_SELF_FENCE_MS": "700", "MILLRACE_DRAIN_GRACE_MS": "500"}  # fmt: skip
+        settings = {
+            "REDIS_URL": "redis://127.0.0.1:1",
+            "MILLRACE_VAR_DIR": str(folder),
+            "MILLRACE_LEASE_MS": "900",
+            "MILLRACE_RENEW_MS": "200",
+            "MILLRACE_SELF_FENCE_MS": "700",
+            "MILLRACE_DRAIN_GRACE_MS": "500",
+        }
+        environ = {**os.environ, **settings}
         command = [sys.executable, "-m", "tests.worker.sample_role"]
         self.process = subprocess.Popen(
             command, cwd=REPOSITORY, env=environ, stderr=self.output, start_new_session=True
