@@ -41,7 +41,9 @@ class Hole(msgspec.Struct, frozen=True):
 
 
 def interrupted(message: str, new_tokens: int = 0) -> Ended:
-    return Ended(state="failed", reason="interrupted", error_code="interrupted", error_message=message, new_tokens=new_tokens)
+    return Ended(
+        state="failed", reason="interrupted", error_code="interrupted", error_message=message, new_tokens=new_tokens
+    )
 
 
 class Following:
@@ -94,7 +96,11 @@ class Following:
             return
         if text_len < len(self.text):
             # Only after a rollback or a re-drive: less was kept than was shown. What was shown stays shown.
-            self.ended = interrupted("the stored answer is shorter than what was already sent") if ended.state == "done" else ended
+            self.ended = (
+                interrupted("the stored answer is shorter than what was already sent")
+                if ended.state == "done"
+                else ended
+            )
             return
         self._pending_end = ended
         self._target = text_len

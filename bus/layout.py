@@ -30,11 +30,15 @@ async def check_layout(address: ServerAddress, cells: int) -> Layout:
     try:
         found = msgspec.json.decode(raw or b"", type=Layout)
     except msgspec.DecodeError as error:
-        raise LayoutMismatch(f"{LAYOUT_KEY} on {address} is not ours: use another database or delete that key") from error
+        raise LayoutMismatch(
+            f"{LAYOUT_KEY} on {address} is not ours: use another database or delete that key"
+        ) from error
     if found.version != LAYOUT_VERSION:
-        raise LayoutMismatch(f"{address} holds layout version {found.version}, this release speaks {LAYOUT_VERSION}: upgrade all roles, or use another server")
+        raise LayoutMismatch(
+            f"{address} holds layout version {found.version}, this release speaks {LAYOUT_VERSION}: upgrade all roles, or use another server"
+        )
     if found.cells != cells:
-        raise LayoutMismatch(f"{address} was laid out with {found.cells} cells: set MILLRACE_CELLS={found.cells}, or empty the server first")
+        raise LayoutMismatch(
+            f"{address} was laid out with {found.cells} cells: set MILLRACE_CELLS={found.cells}, or empty the server first"
+        )
     return found
-
-

@@ -1,0 +1,200 @@
+"""One waiting caller's end of a job: what `Caller.submit` and `Caller.attach` give out.
+
+A handle has no queue: the job's text grows in one place (`Following`), the handle remembers how far it has read. A slow
+reader therefore gets one larger piece later, never a growing backlog of small ones.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import msgspec
+
+from bus.following import Ended, Following
+from bus.ids import JobId
+from bus.wire import Policy, Submission
+
+
+class TextDelta(msgspec.Struct, frozen=True):
+    """Bytes offset..end of the answer, whole UTF-8 characters. `end` is what a client resumes from."""
+
+    offset: int
+    text: bytes
+
+    @property
+    def end(self) -> int:
+        return self.offset + len(self.text)
+
+
+class Finished(msgspec.Struct, frozen=True):
+    """The one terminal, after all of the text."""
+
+    ended: Ended
+    text_len: int
+
+
+class Detached(msgspec.Struct, frozen=True):
+    """Another gateway took the stream over; this handle hears no more of it."""
+
+    by: str
+
+
+HandleEvent = TextDelta | Finished | Detached
+
+
+class Call:
+    """A job that this process waits for: shared by its handles, fed by the readers of `Caller`."""
+
+    __slots__ = (
+        "cancelled_by",
+        "closing_at",
+        "deadline_at",
+        "deadline_ms",
+        "detached_by",
+        "elsewhere",
+        "filling",
+        "following",
+        "handles",
+        "heard_at",
+        "job_id",
+        "node",
+        "policy",
+        "submission",
+    )
+
+    def __init__(
+        self, job_id: JobId, following: Following, submission: Submission | None, now: float, deadline_at: float
+    ) -> None:
+        self.job_id = job_id
+        self.following = following
+        self.submission = submission  # None: attached, we never held the request
+        self.handles: list[JobHandle] = []
+        self.heard_at = now  # loop time of the last entry or state check
+        self.deadline_at = deadline_at  # loop time after which we end it ourselves: the server did not
+        self.deadline_ms = 0  # of the job, by the server's clock
+        self.filling = False
+        self.elsewhere = False  # the job is on another gateway's stream: its end is found by asking
+        self.detached_by = ""
+        self.node = ""
+        self.policy: Policy = submission.policy if submission is not None else "cancel"
+        self.closing_at: float | None = None  # loop time at which a job without handles is cancelled
+        self.cancelled_by = ""  # an explicit cancel that has not reached the server yet
+
+    def wake(self) -> None:
+        for handle in self.handles:
+            handle._wake()
+
+
+class JobHandle:
+    """Read with `next`, by iteration or with `result`; one task at a time. Close it when done, in a `finally`."""
+
+    def __init__(self, call: Call, position: int, *, existing: bool = False) -> None:
+        self._call = call
+        self._position = position
+        self._waiter: asyncio.Future[None] | None = None
+        self._closed = False
+        self.existing = existing  # the job was there before this call: same id or idempotency key
+        call.handles.append(self)
+        call.closing_at = None
+
+    @property
+    def job_id(self) -> JobId:
+        return self._call.job_id
+
+    @property
+    def deadline_ms(self) -> int:
+        """By the server's clock."""
+        return self._call.deadline_ms
+
+    @property
+    def node(self) -> str:
+        """Where the present attempt runs; "" while it waits."""
+        return self._call.node
+
+    @property
+    def position(self) -> int:
+        """Bytes of the answer that this handle has given out."""
+        return self._position
+
+    def ready(self) -> HandleEvent | None:
+        """What `next` would give without waiting."""
+        call = self._call
+        following = call.following
+        if len(following.text) > self._position and (following.streamed or following.ended is not None):
+            start = align(following.text, self._position)
+            self._position = len(following.text)
+            return TextDelta(start, bytes(following.text[start:]))
+        if following.ended is not None:
+            return Finished(following.ended, len(following.text))
+        return Detached(call.detached_by) if call.detached_by else None
+
+    async def next(self, timeout_s: float | None = None) -> HandleEvent | None:
+        """The next piece of text, the end or the detachment; None if there is nothing within the time.
+
+        It may be cancelled or time out at any moment and called again: nothing is lost.
+        """
+        event = self.ready()
+        if event is not None or timeout_s == 0:
+            return event
+        try:
+            async with asyncio.timeout(timeout_s):
+                while event is None:
+                    await self._wait()
+                    event = self.ready()
+        except TimeoutError:
+            return None
+        return event
+
+    async def __aiter__(self) -> AsyncIterator[HandleEvent]:
+        """Text as it comes, then Finished or Detached, once."""
+        while True:
+            event = await self.next()
+            assert event is not None
+            yield event
+            if not isinstance(event, TextDelta):
+                return
+
+    async def result(self) -> tuple[bytes, Ended]:
+        """The whole answer and its end; waits at most until the job's deadline.
+
+        It also serves a caller whose stream went elsewhere: the stored terminal is asked for.
+        """
+        following = self._call.following
+        while following.ended is None:
+            if self._call.detached_by:
+                self._call.elsewhere = True
+            await self._wait()
+        self._position = len(following.text)
+        return bytes(following.text), following.ended
+
+    def close(self, policy: Policy | None = None) -> None:
+        """Give the handle up; never blocks. If it was the job's last and the job is not over, `policy` (default: the
+        job's own) decides: `keep` lets it finish, `cancel` ends it after the grace in which its client may come back."""
+        if self._closed:
+            return
+        self._closed = True
+        call = self._call
+        call.handles.remove(self)
+        if policy is not None:
+            call.policy = policy
+        if not call.handles and call.following.ended is None:
+            call.closing_at = asyncio.get_running_loop().time()
+
+    def _wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def _wait(self) -> None:
+        assert self._waiter is None, "a handle serves one task at a time"
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+
+def align(text: bytes | bytearray, position: int) -> int:
+    """The start of the character that contains byte `position`: a client may resume from the middle of one."""
+    while 0 < position < len(text) and text[position] & 0xC0 == 0x80:
+        position -= 1
+    return position
