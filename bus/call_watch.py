@@ -36,17 +36,17 @@ LATE = Ended(
     error_message="the job was not finished within its deadline, and the job store does not answer",
 )
 
-Step = Literal["nothing", "check", "cancel", "end"]
+Step = Literal["nothing", "check", "cancel", "forget", "end"]
 
 
 def next_step(call: Call, now: float, *, silence_s: float, grace_s: float) -> Step:
     """What is due for this job at loop time `now`."""
     if now >= call.deadline_at:
         return "end"
-    if call.cancelled_by or (
-        call.closing_at is not None and call.policy == "cancel" and now - call.closing_at >= grace_s
-    ):
+    if call.cancelled_by:
         return "cancel"
+    if call.closing_at is not None and now - call.closing_at >= grace_s:
+        return "cancel" if call.policy == "cancel" and not call.elsewhere else "forget"
     patience_s = ELSEWHERE_CHECK_S if call.elsewhere else silence_s
     return "check" if now - call.heard_at >= patience_s else "nothing"
 
@@ -156,6 +156,8 @@ class CallWatch:
             elif step == "cancel":
                 call.closing_at = now  # tried again after another grace
                 self._spawn(self._cancel(call, call.cancelled_by or "client gone"))
+            elif step == "forget":
+                del self._calls[call.job_id]
             elif step == "check" or everything:
                 if len(self._work) >= IN_FLIGHT_MAX:
                     self._check_all = everything
@@ -250,11 +252,11 @@ class CallWatch:
             log.info("cancel not delivered yet", extra={"job": call.job_id, "why": str(error)})
             return
         call.cancelled_by = ""
-        if isinstance(result, NotYours) and result.state == "unknown" and not call.handles:
-            self._calls.pop(call.job_id, None)
-        elif not call.handles:
+        if not call.handles:
             # Nobody waits for the end any more; the job's terminal is stored all the same.
             self._calls.pop(call.job_id, None)
+        elif isinstance(result, NotYours):
+            self.check_all_soon()
 
     def _after(self, call: Call, *, refill: bool = True) -> None:
         if call.following.ended is not None:

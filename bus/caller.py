@@ -72,6 +72,9 @@ class CallOptions(msgspec.Struct, frozen=True):
     own_id: str | None = None  # second half of the job id; None: random
 
 
+DEFAULT_OPTIONS = CallOptions()
+
+
 class Caller:
     """Use as `async with await Caller.open(settings)`, or start() and close()."""
 
@@ -90,8 +93,8 @@ class Caller:
     async def start(self) -> Self:
         """Connect to every cell. Raises LinkDown or ServerError."""
         try:
-            for cell in range(self.settings.cells):
-                await self._start_cell(cell)
+            for number in range(self.settings.cells):
+                await self._start_cell(number)
         except BaseException:
             await self.close()
             raise
@@ -140,7 +143,7 @@ class Caller:
 
     # jobs
 
-    async def submit(self, job: ChatJob, options: CallOptions = CallOptions()) -> JobHandle:
+    async def submit(self, job: ChatJob, options: CallOptions = DEFAULT_OPTIONS) -> JobHandle:
         """Raises Refusal with the reason and an honest wait. The handle must be closed."""
         cell = self.cell_of(job.model)
         submission = self._submission(cell, job, options)

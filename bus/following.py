@@ -113,7 +113,7 @@ class Following:
         return Hole(self.fence, len(self.text), self._target)
 
     def filled(self, hole: Hole, data: bytes) -> bool:
-        """Bytes read for `hole`. False if nothing came: the stored text is gone or shorter, the job's state must be asked."""
+        """Bytes read for `hole`. False if nothing came: the stored text is gone or shorter; ask for the job's state."""
         if self.ended is not None or hole.start > len(self.text):
             return True
         if not data:

@@ -168,7 +168,7 @@ class JobHandle:
 
     def close(self, policy: Policy | None = None) -> None:
         """Give the handle up; never blocks. If it was the job's last and the job is not over, `policy` (default: the
-        job's own) decides: `keep` lets it finish, `cancel` ends it after the grace in which its client may come back."""
+        job's own) decides: `keep` lets it finish, `cancel` ends it after the grace in which a client may come back."""
         if self._closed:
             return
         self._closed = True

@@ -35,10 +35,12 @@ async def check_layout(address: ServerAddress, cells: int) -> Layout:
         ) from error
     if found.version != LAYOUT_VERSION:
         raise LayoutMismatch(
-            f"{address} holds layout version {found.version}, this release speaks {LAYOUT_VERSION}: upgrade all roles, or use another server"
+            f"{address} holds layout version {found.version}, this release speaks {LAYOUT_VERSION}: "
+            "upgrade all roles, or use another server"
         )
     if found.cells != cells:
         raise LayoutMismatch(
-            f"{address} was laid out with {found.cells} cells: set MILLRACE_CELLS={found.cells}, or empty the server first"
+            f"{address} was laid out with {found.cells} cells: "
+            f"set MILLRACE_CELLS={found.cells}, or empty the server first"
         )
     return found
