@@ -1,0 +1,1 @@
+"""Millrace: chat serving on a fleet of GPU nodes over Redis Streams."""

@@ -1,0 +1,108 @@
+"""`millrace nodes` and `millrace jobs`: what the server knows, asked once. The dashboard shows it as it moves."""
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+
+from bus.cell import Cell
+from bus.ids import JobId, parse_cell
+from bus.link import Link
+from bus.settings import Settings
+from bus.startup import prepare_server
+from bus.wire import JobRecord, NodeView, QueueView
+from millrace.preflight import CannotStart
+from millrace.table import to_table
+
+
+@asynccontextmanager
+async def opened_cells(settings: Settings) -> AsyncIterator[list[Cell]]:
+    """All cells of the server. Raises StartError and LinkError."""
+    address = await prepare_server(settings)
+    links: list[Link] = []
+    try:
+        for number in range(settings.cells):
+            links.append(await Link.connect(address, name="millrace-cli", cell_key=f"millrace:{{c{number}}}:jobs"))
+        yield [Cell(link, number, settings) for number, link in enumerate(links)]
+    finally:
+        for link in links:
+            await link.close()
+
+
+async def run_nodes(settings: Settings, *, as_json: bool) -> int:
+    async with opened_cells(settings) as cells:
+        views = sorted([view for cell in cells for view in await cell.nodes()], key=lambda view: view.node)
+    if as_json:
+        _print_json(views)
+    elif views:
+        now_ms = int(time.time() * 1000)
+        head = ["node", "state", "kind", "model", "running", "tokens/s", "failures", "last beat"]
+        print(to_table(head, [node_row(view, now_ms) for view in views]))
+    else:
+        print("no node is registered")
+    return 0
+
+
+def node_row(view: NodeView, now_ms: int) -> list[str]:
+    return [
+        view.node,
+        node_state(view, now_ms),
+        view.kind,
+        ",".join(view.models),
+        f"{view.running}/{view.capacity}",
+        f"{view.decode_rate:.0f}",
+        f"{view.failed}/{view.ok + view.failed}",
+        f"{max(now_ms - view.last_beat_ms, 0) / 1000:.0f} s ago",
+    ]
+
+
+def node_state(view: NodeView, now_ms: int) -> str:
+    """active | inactive (no beat) | draining | bye | waiting (no lease, or left out after failures)"""
+    if not view.alive:
+        return "inactive"
+    if view.state != "up":
+        return view.state
+    return "active" if view.usable(now_ms) else "waiting"
+
+
+async def run_jobs(settings: Settings, job: str | None, *, as_json: bool) -> int:
+    """One job with everything about it, or how many wait and run."""
+    async with opened_cells(settings) as cells:
+        if job is not None:
+            record = await _record(cells, job)
+            _print_json(record) if as_json else print(job_lines(record))
+            return 0
+        looks = [await cell.look() for cell in cells]
+    queues = [queue for look in looks for queue in look.queues if queue.length]
+    running = {node.node: node.running for look in looks for node in look.nodes.values()}
+    if as_json:
+        _print_json({"queues": queues, "running": running})
+        return 0
+    print(to_table(["queue", "waiting", "first"], [queue_row(queue) for queue in queues]) if queues else "no job waits")
+    return 0
+
+
+async def _record(cells: list[Cell], job: str) -> JobRecord:
+    number = parse_cell(job, len(cells))
+    record = await cells[number].job(JobId(job)) if number is not None else None
+    if record is None:
+        raise CannotStart(f"there is no job {job!r}: finished jobs are kept for a while only (MILLRACE_RESULT_TTL_MS)")
+    return record
+
+
+def queue_row(queue: QueueView) -> list[str]:
+    return [queue.queue, str(queue.length), queue.heads[0].job_id if queue.heads else ""]
+
+
+def job_lines(record: JobRecord) -> str:
+    """One field a line; fields that say nothing yet are left out."""
+    fields: dict[str, Any] = msgspec.to_builtins(record)
+    shown = {name: value for name, value in fields.items() if value not in ("", 0, False, [], (), None)}
+    width = max(len(name) for name in shown)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in shown.items())
+
+
+def _print_json(value: object) -> None:
+    print(msgspec.json.encode(value).decode())

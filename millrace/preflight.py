@@ -1,0 +1,69 @@
+"""What can be known to be wrong before anything is started; each problem is one line that says what to do."""
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from honcho.environ import parse as parse_env_file
+from honcho.environ import parse_procfile
+
+from bus.settings import Settings
+from millrace.embedded import is_free
+
+
+class CannotStart(Exception):
+    """The fleet cannot start until a person acts; the message is one line that says what to do."""
+
+
+def merged_environ(environ: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """The environment over the folder's `.env`, as honcho reads it."""
+    try:
+        text = (folder / ".env").read_text(encoding="utf-8")
+    except OSError:
+        return dict(environ)
+    return {**parse_env_file(text), **environ}
+
+
+def read_procfile(path: Path) -> dict[str, str]:
+    """Name and command of each line, in order."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError:
+        raise CannotStart(
+            f"there is no {path}: run this in the folder of Millrace, or name one with --procfile"
+        ) from None
+    lines: dict[str, str] = dict(parse_procfile(text).processes)
+    if not lines:
+        raise CannotStart(f"{path} has no line of the form `name: command`")
+    return lines
+
+
+def gateway_ports(lines: Mapping[str, str], settings: Settings) -> dict[str, int]:
+    """The ports of the gateways among these lines, by name."""
+    ports = {"gateway": settings.gateway_port, "gateway2": settings.gateway2_port}
+    return {name: port for name, port in ports.items() if name in lines}
+
+
+def check_ports(ports: Mapping[str, int], host: str) -> None:
+    if len(set(ports.values())) < len(ports):
+        raise CannotStart(
+            "both gateways have the same port: set MILLRACE_GATEWAY_PORT or MILLRACE_GATEWAY2_PORT to another"
+        )
+    for name, port in ports.items():
+        if not is_free(host, port):
+            setting = "MILLRACE_GATEWAY_PORT" if name == "gateway" else "MILLRACE_GATEWAY2_PORT"
+            raise CannotStart(
+                f"port {port} on {host} is taken: stop what listens there, or set {setting} to a free port"
+            )
+
+
+def check_model(settings: Settings, lines: Mapping[str, str], environ: Mapping[str, str], folder: Path) -> None:
+    """Ask the worker's own part whether the model is there; it knows where models lie."""
+    if settings.engine != "torch" or not any("gpu_worker" in command for command in lines.values()):
+        return
+    command = [sys.executable, "-m", "gpu_worker.model_files", "check"]
+    done = subprocess.run(command, cwd=folder, env=dict(environ), capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        raise CannotStart(said[-1] if said else f"the model {settings.model} is not usable: `make run` fetches it")

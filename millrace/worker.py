@@ -1,0 +1,13 @@
+"""`millrace worker`: one more worker, in the foreground, for the fleet of this folder or the server of REDIS_URL."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+from bus.settings import Settings
+
+
+def run_worker(settings: Settings, environ: Mapping[str, str], arguments: Sequence[str]) -> int:
+    """Replaces this process by the worker's parent, so that Ctrl-C and signals reach it directly. Does not return."""
+    command = [sys.executable, "-m", "gpu_worker", *arguments]
+    os.execve(sys.executable, command, {**environ, "REDIS_URL": settings.redis_url})
