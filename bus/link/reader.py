@@ -35,7 +35,13 @@ class Reader:
     """
 
     def __init__(
-        self, address: ServerAddress, *, name: str, cell_key: str = "", connect_timeout_s: float = 5.0
+        self,
+        address: ServerAddress,
+        *,
+        name: str,
+        cell_key: str = "",
+        connect_timeout_s: float = 5.0,
+        reply_grace_s: float = REPLY_GRACE_S,
     ) -> None:
         """Nothing is connected before the first read (or `connect`)."""
         self.address = address
@@ -45,6 +51,7 @@ class Reader:
         self.info: ServerInfo | None = None
         self._cell_key = cell_key
         self._connect_timeout_s = connect_timeout_s
+        self._reply_grace_s = reply_grace_s
         self._loop = asyncio.get_running_loop()
         self._wire: Wire | None = None
         self._reply: asyncio.Future[Any] | None = None
@@ -98,7 +105,10 @@ class Reader:
         return await self._read(pack((*head, *streams.keys(), *streams.values())), block_ms, group, streams)
 
     async def close(self) -> None:
+        """A read under way ends with LinkClosed."""
         self._closed = True
+        if self._reply is not None and not self._reply.done():
+            self._reply.set_exception(LinkClosed("the reader was closed"))
         await self._drop()
 
     async def __aenter__(self) -> Self:
@@ -113,7 +123,7 @@ class Reader:
             if not self.connected and not await self._reconnect(deadline):
                 return []
             try:
-                return to_batch(await self._ask(command, block_ms / 1000 + REPLY_GRACE_S))
+                return to_batch(await self._ask(command, block_ms / 1000 + self._reply_grace_s))
             except LinkDown as error:
                 log.warning("read lost", extra={"reader": self.name, "server": str(self.address), "why": str(error)})
                 await self._drop()
@@ -187,7 +197,7 @@ class Reader:
         await asyncio.sleep(random.uniform(*NOGROUP_PAUSE_S))
         for key in streams:
             try:
-                await self._ask(pack(("XGROUP", "CREATE", key, group, "0", "MKSTREAM")), REPLY_GRACE_S)
+                await self._ask(pack(("XGROUP", "CREATE", key, group, "0", "MKSTREAM")), self._reply_grace_s)
                 log.info("group made", extra={"reader": self.name, "key": key, "group": group})
             except LinkDown:
                 return  # the next attempt finds out

@@ -76,6 +76,7 @@ class Link:
         connect_timeout_s: float = 5.0,
         wait_s: float = WAIT_S,
         reply_s: float = REPLY_S,
+        idle_s: float = IDLE_S,
         queue_max: int = QUEUE_MAX,
     ) -> Self:
         """A connected link, closed by `close` or by leaving `async with`.
@@ -83,7 +84,7 @@ class Link:
         name: shown in CLIENT LIST. cell_key: any key of the cell; on a cluster the link follows its slot's owner.
         Raises LinkDown when nothing fit answers within connect_timeout_s, ServerError when the login is refused.
         """
-        link = cls(address, name, cell_key, connect_timeout_s, wait_s, reply_s, queue_max)
+        link = cls(address, name, cell_key, connect_timeout_s, wait_s, reply_s, idle_s, queue_max)
         await link._open()
         return link
 
@@ -95,6 +96,7 @@ class Link:
         connect_timeout_s: float,
         wait_s: float,
         reply_s: float,
+        idle_s: float,
         queue_max: int,
     ) -> None:
         """Use `Link.connect`."""
@@ -109,6 +111,7 @@ class Link:
         self._connect_timeout_s = connect_timeout_s
         self._wait_s = wait_s
         self._reply_s = reply_s
+        self._idle_s = idle_s
         self._queue_max = queue_max
         self._loop = asyncio.get_running_loop()
         self._queue: deque[_Command] = deque()
@@ -398,7 +401,7 @@ class Link:
         silent_s = self._loop.time() - self._progress_at
         if self._sent and silent_s > self._reply_s:
             self._on_lost(f"no reply for {silent_s:.1f} s")
-        elif not self._sent and not self._queue and silent_s > IDLE_S:
+        elif not self._sent and not self._queue and silent_s > self._idle_s:
             self.send("PING").add_done_callback(_forget)
 
     async def _resume(self, wire: Wire) -> bool:

@@ -5,46 +5,46 @@ import pytest
 from bus.link import AddressError, Endpoint, Kind, ServerAddress, find_warning
 
 
-def test_a_plain_url_names_one_server_and_the_default_port():
+def test_a_plain_url_names_one_server_and_the_default_port() -> None:
     address = ServerAddress.parse("redis://mill.example")
 
     assert (address.kind, address.endpoints, address.db) == (Kind.SINGLE, (Endpoint("mill.example", 6379),), 0)
     assert (address.username, address.password, address.tls) == (None, None, None)
 
 
-def test_user_password_and_database_are_read_and_percent_decoded():
+def test_user_password_and_database_are_read_and_percent_decoded() -> None:
     address = ServerAddress.parse("redis://mill:p%40ss%2Fword@[::1]:7000/3")
 
     assert (address.username, address.password, address.db) == ("mill", "p@ss/word", 3)
     assert address.endpoints == (Endpoint("::1", 7000),)
 
 
-def test_a_password_alone_belongs_to_the_default_user():
+def test_a_password_alone_belongs_to_the_default_user() -> None:
     assert ServerAddress.parse("redis://:secret@h").username is None
     assert ServerAddress.parse("redis://:secret@h").password == "secret"
 
 
-def test_rediss_means_tls_that_checks_the_certificate_and_the_name():
+def test_rediss_means_tls_that_checks_the_certificate_and_the_name() -> None:
     tls = ServerAddress.parse("rediss://h:1?ssl_ca_certs=/etc/ca.pem").tls
 
     assert tls is not None
     assert (tls.ca_file, tls.verify, tls.check_hostname) == ("/etc/ca.pem", True, True)
 
 
-def test_tls_checks_are_switched_off_only_by_name():
+def test_tls_checks_are_switched_off_only_by_name() -> None:
     tls = ServerAddress.parse("rediss://h?ssl_cert_reqs=none").tls
     assert tls is not None
     assert (tls.verify, tls.check_hostname) == (False, False)
 
 
-def test_a_unix_socket_has_a_path_and_is_local():
+def test_a_unix_socket_has_a_path_and_is_local() -> None:
     address = ServerAddress.parse("unix://:pw@/run/mill/s%20ock?db=2")
 
     assert (address.kind, address.endpoints, address.db) == (Kind.UNIX, (Endpoint("/run/mill/s ock", 0),), 2)
     assert address.is_local
 
 
-def test_sentinels_are_listed_and_the_master_named():
+def test_sentinels_are_listed_and_the_master_named() -> None:
     address = ServerAddress.parse("redis+sentinel://u:p@a:26379,b/mill/1?sentinel_password=s")
 
     assert address.kind is Kind.SENTINEL
@@ -52,14 +52,14 @@ def test_sentinels_are_listed_and_the_master_named():
     assert (address.master_name, address.db, address.sentinel_password, address.password) == ("mill", 1, "s", "p")
 
 
-def test_a_cluster_is_found_through_any_of_the_nodes_named():
+def test_a_cluster_is_found_through_any_of_the_nodes_named() -> None:
     address = ServerAddress.parse("rediss+cluster://a:7000,b:7001")
 
     assert (address.kind, address.endpoints) == (Kind.CLUSTER, (Endpoint("a", 7000), Endpoint("b", 7001)))
     assert address.tls is not None
 
 
-def test_valkey_may_stand_for_redis():
+def test_valkey_may_stand_for_redis() -> None:
     assert ServerAddress.parse("valkeys://h") == ServerAddress.parse("rediss://h")
     assert ServerAddress.parse("valkey+cluster://h") == ServerAddress.parse("redis+cluster://h")
 
@@ -86,7 +86,7 @@ def test_valkey_may_stand_for_redis():
         ("redis://:pa#ss@h", "%23"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(url, hint):
+def test_a_mistake_is_told_in_one_line(url: str, hint: str) -> None:
     with pytest.raises(AddressError) as caught:
         ServerAddress.parse(url)
 
@@ -95,7 +95,7 @@ def test_a_mistake_is_told_in_one_line(url, hint):
 
 
 @pytest.mark.parametrize("url", ["redis://u:hush@h/1", "redis+sentinel://u:hush@a,b/m?sentinel_password=hush"])
-def test_the_printed_address_holds_no_secret(url):
+def test_the_printed_address_holds_no_secret(url: str) -> None:
     address = ServerAddress.parse(url)
 
     assert "hush" not in f"{address} {address!r}"
@@ -114,7 +114,7 @@ def test_the_printed_address_holds_no_secret(url):
         ("unix:///s", None),
     ],
 )
-def test_a_server_on_another_machine_without_password_or_tls_gets_a_warning(url, missing):
+def test_a_server_on_another_machine_without_password_or_tls_gets_a_warning(url: str, missing: str | None) -> None:
     warning = find_warning(ServerAddress.parse(url))
 
     assert (warning is None) if missing is None else (missing in str(warning))
