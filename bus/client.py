@@ -8,7 +8,7 @@
 It is a `Caller` with plain words around it: the same resume, re-drive and exactly-one-end as a gateway.
 """
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Self
 
@@ -145,7 +145,7 @@ class Client:
         except Refusal as refusal:
             raise ChatError(refusal.code, refusal.reason, retry_after_ms=refusal.retry_after_ms) from refusal
 
-    async def _pieces(self, handle: JobHandle) -> AsyncIterator[Piece]:
+    async def _pieces(self, handle: JobHandle) -> AsyncGenerator[Piece, None]:
         try:
             async for event in handle:
                 match event:
