@@ -9,6 +9,7 @@ import pytest
 
 from bus.link import Link, ServerAddress
 from tests.harness.servers import ValkeyServer
+from tests.harness.topologies import Cluster, running_cluster
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +33,13 @@ def own_server() -> Iterator[ValkeyServer]:
     """A server that this test may pause, kill and start again; keeps its data (AOF everysec)."""
     with ValkeyServer(aof="everysec") as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Three masters, for slow tests; use cells (hash tags) of your own."""
+    with running_cluster() as running:
+        yield running
 
 
 @pytest.fixture

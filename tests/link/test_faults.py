@@ -129,7 +129,10 @@ async def test_after_kill_9_the_link_comes_back_with_another_run_id(own_server: 
         text, number = link.send("GET", "kept"), link.script(COUNT, ["h"], ["f"])
         own_server.start()
 
-        assert (await text, await number) == (b"x", 2)  # the script's body was sent again: the new server has never seen it
+        assert (await text, await number) == (
+            b"x",
+            2,
+        )  # the script's body was sent again: the new server has never seen it
         assert link.run_id != before
         assert seen == [(2, True)]
 
