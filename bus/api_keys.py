@@ -8,17 +8,20 @@ These keys belong to no cell, so they are read with an ordinary client of the se
 """
 
 import asyncio
+import contextlib
 import hashlib
 import re
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import Any, Final, Protocol
 
 import msgspec
+from redis.exceptions import RedisError, ResponseError
 
 from bus.keys import API_KEY_PREFIX, api_key_key
+from bus.link.errors import LinkDown, to_server_error
 
 KEY_START: Final = "mr_"
 SCOPES: Final = ("chat", "node", "admin")
@@ -103,7 +106,7 @@ def parse_record(fields: Mapping[bytes, bytes]) -> KeyRecord | None:
 
 
 class ApiKeys:
-    """Create, list, revoke and check keys. Errors of the client (redis.RedisError) pass through."""
+    """Create, list, revoke and check keys. Every method may raise LinkDown or ServerError."""
 
     def __init__(
         self, client: KeyClient, clock: Callable[[], float] = time.monotonic, cache_s: float = CACHE_S
@@ -138,16 +141,18 @@ class ApiKeys:
             created_ms=created_ms if created_ms is not None else int(time.time() * 1000),
             limits=limits or KeyLimits(),
         )
-        await self._client.hset(api_key_key(digest), mapping=to_fields(record))
+        with _link_errors():
+            await self._client.hset(api_key_key(digest), mapping=to_fields(record))
         return CreatedKey(key, record)
 
     async def list(self) -> list[KeyRecord]:
         """All keys, oldest first."""
         found = []
-        async for name in self._client.scan_iter(match=API_KEY_PREFIX + "*", count=1000):
-            record = parse_record(await self._client.hgetall(_text(name)))
-            if record is not None:
-                found.append(record)
+        with _link_errors():
+            async for name in self._client.scan_iter(match=API_KEY_PREFIX + "*", count=1000):
+                record = parse_record(await self._client.hgetall(_text(name)))
+                if record is not None:
+                    found.append(record)
         return sorted(
             {record.id: record for record in found}.values(), key=lambda record: (record.created_ms, record.id)
         )
@@ -157,8 +162,9 @@ class ApiKeys:
         if len(key_id) != ID_LENGTH or not set(key_id) <= set("0123456789abcdef"):
             return False
         revoked = False
-        async for name in self._client.scan_iter(match=f"{API_KEY_PREFIX}{key_id}*", count=1000):
-            revoked = bool(await self._client.delete(_text(name))) or revoked
+        with _link_errors():
+            async for name in self._client.scan_iter(match=f"{API_KEY_PREFIX}{key_id}*", count=1000):
+                revoked = bool(await self._client.delete(_text(name))) or revoked
         return revoked
 
     async def check(self, key: str) -> KeyRecord | None:
@@ -181,13 +187,25 @@ class ApiKeys:
         await asyncio.gather(*reads, return_exceptions=True)
 
     async def _read(self, digest: str) -> KeyRecord | None:
-        record = parse_record(await self._client.hgetall(api_key_key(digest)))
+        with _link_errors():
+            record = parse_record(await self._client.hgetall(api_key_key(digest)))
         lasts_s = min(self._cache_s, CACHE_UNKNOWN_S) if record is None else self._cache_s
         self._cache[digest] = (self._clock() + lasts_s, record)
         self._cache.move_to_end(digest)
         while len(self._cache) > CACHE_ENTRIES_MAX:
             self._cache.popitem(last=False)
         return record
+
+
+@contextlib.contextmanager
+def _link_errors() -> Iterator[None]:
+    """redis-py's errors as the project's own: callers know no other."""
+    try:
+        yield
+    except ResponseError as error:
+        raise to_server_error(str(error)) from error
+    except (RedisError, OSError) as error:
+        raise LinkDown(str(error), maybe_sent=True) from error
 
 
 def _text(name: Any) -> str:

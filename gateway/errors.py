@@ -178,6 +178,9 @@ JOB_ERROR_CODES: Final[dict[str, str]] = {
     "no_model": "model_not_found",
     "no_node": "no_node",
     "uncovered": "uncovered",
+    "shutting_down": "draining",
+    "lost": "unavailable",
+    "memory_full": "unavailable",
     "duplicate": "duplicate",
     "taken_over": "taken_over",
 }

@@ -23,12 +23,12 @@ NODE_ID_RULE: Final = "be 1 to 64 of the characters A-Z a-z 0-9 _ . -"
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """A node as its owner describes it. model None: ask the node. layers empty: the registry assigns them."""
+    """A node as its owner describes it. model None: ask the node. layers None: the registry assigns them."""
 
     node_id: NodeId
     api_url: str
     gpu_memory_gb: float
-    layers: tuple[int, ...]
+    layers: tuple[int, ...] | None
     model: ModelName | None
     max_concurrency: int
 
@@ -51,7 +51,7 @@ def parse_registration(body: dict[str, Any]) -> Registration:
         node_id=node_id,
         api_url=api_url,
         gpu_memory_gb=memory,
-        layers=capabilities.integers("layers", 0, LAYER_MAX, most=LAYERS_MAX) or (),
+        layers=capabilities.integers("layers", 0, LAYER_MAX, most=LAYERS_MAX),
         model=ModelName(model) if model is not None else None,
         max_concurrency=capabilities.integer("max_concurrency", 1, CONCURRENCY_MAX) or CONCURRENCY_DEFAULT,
     )

@@ -47,7 +47,7 @@ def test_an_address_is_kept_as_its_base(given: str, kept: str) -> None:
 def test_unknown_fields_and_nulls_are_left_out() -> None:
     node = parse_registration({**capabilities(layers=None, model=None, max_concurrency=None, color="red"), "x": 1})
 
-    assert (node.layers, node.model, node.max_concurrency) == ((), None, 4)
+    assert (node.layers, node.model, node.max_concurrency) == (None, None, 4)
 
 
 @pytest.mark.parametrize(

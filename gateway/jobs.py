@@ -1,0 +1,98 @@
+"""/v1/jobs/{id}: look at a job, cancel it, or go on with its stream on any gateway."""
+
+import time
+from typing import Final
+
+from aiohttp import web
+
+from bus.api_keys import KeyRecord
+from bus.caller import UnknownJob
+from bus.cell import Cell
+from bus.ids import JobId, parse_cell
+from bus.wire import Cancelling, Ended, JobRecord
+from gateway.auth import require
+from gateway.chats import Course, account
+from gateway.errors import ApiError
+from gateway.jobs_wire import job_object
+from gateway.openai_wire import Answer
+from gateway.responses import json_response
+from gateway.sse import parse_event_id
+from gateway.state import GATEWAY, REQUEST_ID
+from gateway.streaming import stream_answer
+
+TRUE_WORDS: Final = ("1", "true", "yes")
+
+
+async def get_job(request: web.Request) -> web.Response:
+    """GET /v1/jobs/{id}: state, usage, error and the text stored so far."""
+    cell, record = await find_job(request, await require(request, "chat"))
+    raw = await cell.text(record.job_id, record.fence)
+    return json_response(job_object(record, raw.decode("utf-8", "replace")))
+
+
+async def cancel_job(request: web.Request) -> web.Response:
+    """DELETE /v1/jobs/{id}: 200 when it has ended (perhaps earlier), 202 while its node is being told."""
+    key = await require(request, "chat")
+    _, record = await find_job(request, key)
+    result = await request.app[GATEWAY].caller.cancel(record.job_id, by=f"key {key.id}")
+    match result:
+        case Ended():
+            return json_response({"id": record.job_id, "object": "job", "status": result.state})
+        case Cancelling():
+            return json_response({"id": record.job_id, "object": "job", "status": "cancelling"}, 202)
+        case _:
+            raise no_such_job(record.job_id)
+
+
+async def job_events(request: web.Request) -> web.StreamResponse:
+    """GET /v1/jobs/{id}/events: the stream from `Last-Event-ID` on, as chat chunks. It moves to this gateway."""
+    gateway = request.app[GATEWAY]
+    _, record = await find_job(request, await require(request, "chat"))
+    offset = parse_offset(request, record.job_id)
+    include_usage = request.query.get("include_usage", "").lower() in TRUE_WORDS
+    with gateway.life.chat():
+        try:
+            handle = await gateway.caller.attach(record.job_id, offset)
+        except UnknownJob:
+            raise no_such_job(record.job_id) from None
+        course = Course(resumed=True)
+        try:
+            created = record.created_ms // 1000 or int(time.time())
+            answer = Answer("chat", record.job_id, record.model, created)
+            return await stream_answer(request, handle, answer, course, include_usage=include_usage, offset=offset)
+        finally:
+            handle.close()
+            account(gateway, request[REQUEST_ID], handle, record.model, course)
+
+
+async def find_job(request: web.Request, key: KeyRecord) -> tuple[Cell, JobRecord]:
+    """The job, for the key that sent it or an admin; for all others it does not exist."""
+    cells = request.app[GATEWAY].caller.cells
+    job_id = JobId(request.match_info["job"])
+    at = parse_cell(job_id, len(cells))
+    if at is None:
+        raise no_such_job(job_id)
+    record = await cells[at].job(job_id)
+    if record is None or not may_see(record, key):
+        raise no_such_job(job_id)
+    return cells[at], record
+
+
+def may_see(record: JobRecord, key: KeyRecord) -> bool:
+    return record.route.key_id in ("", key.id) or key.allows("admin")
+
+
+def parse_offset(request: web.Request, job_id: JobId) -> int:
+    """Bytes of the answer that the client has: from the header of EventSource, or `?last_event_id=`."""
+    text = request.headers.get("Last-Event-ID") or request.query.get("last_event_id")
+    if not text:
+        return 0
+    parsed = parse_event_id(text)
+    if parsed is None or parsed[0] != job_id:
+        message = "`Last-Event-ID` must be the id of an event of this job"
+        raise ApiError("invalid_request", message, param="Last-Event-ID")
+    return parsed[1]
+
+
+def no_such_job(job_id: str) -> ApiError:
+    return ApiError("job_not_found", f"there is no job {job_id[:128]}; ended jobs are kept for a limited time")
