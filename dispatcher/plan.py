@@ -12,7 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import msgspec
 
 from bus.ids import ModelName
-from dispatcher.rank import Node, Score, Waiting, base_cost_ms, is_open, promise, rank
+from bus.keys import QueueName, queue_model, queue_priority
+from bus.wire import QueuedJob, QueueView
+from dispatcher.rank import Node, Score, base_cost_ms, is_open, promise, rank
 
 ASSIGN_MAX = 64  # jobs of one assign call
 SHORTLIST = (
@@ -20,33 +22,16 @@ SHORTLIST = (
 )
 
 
-class Queued(msgspec.Struct, frozen=True):
-    """One entry at a queue's head."""
-
-    entry_id: str
-    out: str
-    waiting: Waiting
-
-
-class QueueHead(msgspec.Struct, frozen=True):
-    """The first entries of one queue, oldest first."""
-
-    queue: str
-    prio: int
-    model: ModelName
-    entries: Sequence[Queued]
-
-
 class Choice(msgspec.Struct, frozen=True):
     """A job and the nodes to try in order, each with the terms of its score."""
 
-    queue: str
-    queued: Queued
+    queue: QueueName
+    job: QueuedJob
     scores: Sequence[Score]
 
 
 def plan(
-    heads: Sequence[QueueHead],
+    queues: Sequence[QueueView],
     nodes: Mapping[ModelName, Sequence[Node]],
     now_ms: int,
     turn: int,
@@ -62,33 +47,35 @@ def plan(
     by_id = {node.node: node for every in nodes.values() for node in every}
     full: set[ModelName] = set()  # models without room for an ordinary job: no need to ask again in this pass
     choices: list[Choice] = []
-    for queue, queued in in_turn(heads, turn):
-        job = queued.waiting
-        ordinary = not job.alone and not job.avoided
-        if ordinary and job.model in full:
+    for queue, model, job in in_turn(queues, turn):
+        ordinary = not job.alone and not job.avoid
+        if ordinary and model in full:
             continue
-        ranked = rank(job, short.get(job.model, ()) if ordinary else nodes.get(job.model, ()), now_ms, rng)
+        ranked = rank(job, short.get(model, ()) if ordinary else nodes.get(model, ()), now_ms, rng)
         if not ranked:
             if ordinary:
-                full.add(job.model)
+                full.add(model)
             continue
-        choices.append(Choice(queue, queued, ranked))
+        choices.append(Choice(queue, job, ranked))
         promise(by_id[ranked[0].node], job)
         if len(choices) == limit:
             break
     return choices
 
 
-def in_turn(heads: Sequence[QueueHead], turn: int) -> Iterator[tuple[str, Queued]]:
+def in_turn(queues: Sequence[QueueView], turn: int) -> Iterator[tuple[QueueName, ModelName, QueuedJob]]:
     """Entries in the order in which they are served: by priority, then one of each model at a time."""
-    for prio in sorted({head.prio for head in heads}):
-        peers = sorted((head for head in heads if head.prio == prio), key=lambda head: head.model)
+    by_priority: dict[int, list[tuple[ModelName, QueueView]]] = {}
+    for one in queues:
+        by_priority.setdefault(queue_priority(one.queue), []).append((queue_model(one.queue), one))
+    for _, peers in sorted(by_priority.items()):
+        peers.sort(key=lambda peer: peer[0])
         first = turn % len(peers)
         order = peers[first:] + peers[:first]
-        for rank_in_queue in range(max(len(head.entries) for head in order)):
-            for head in order:
-                if rank_in_queue < len(head.entries):
-                    yield head.queue, head.entries[rank_in_queue]
+        for place in range(max(len(view.heads) for _, view in order)):
+            for model, view in order:
+                if place < len(view.heads):
+                    yield view.queue, model, view.heads[place]
 
 
 def shortlist(nodes: Sequence[Node], now_ms: int) -> Sequence[Node]:

@@ -14,7 +14,8 @@ from collections.abc import Collection, Iterable, Sequence
 
 import msgspec
 
-from bus.ids import JobId, ModelName, NodeId
+from bus.ids import NodeId
+from bus.wire import QueuedJob
 
 FAILURE_COST_MS = 2_000.0  # what one failure costs a job: the first back-off (1 s) and about as long to notice it
 FAILURE_MAX = 0.95  # an EWMA of 1 would be an infinite penalty; such a node is the breaker's business
@@ -37,17 +38,7 @@ class Node(msgspec.Struct):
     breaker_until_ms: int = 0
     probing: bool = False  # a probe is on its way
     alone: str = ""  # the job that has this node for itself, or for which it runs empty
-
-
-class Waiting(msgspec.Struct, frozen=True):
-    """A job at a queue's head, as far as the choice of a node needs it."""
-
-    job: JobId
-    model: ModelName
-    est_prompt: int
-    est_new: int
-    avoided: frozenset[NodeId] = frozenset()
-    alone: bool = False  # after its second crash: only on a node that is empty
+    resume: str = ""  # digest of tokenizer and weights: goes on from token ids of nodes with the same one
 
 
 class Score(msgspec.Struct, frozen=True):
@@ -105,15 +96,20 @@ def not_avoided(nodes: Iterable[Node], avoided: Collection[NodeId]) -> list[Node
     return fresh or every
 
 
-def rank(job: Waiting, nodes: Iterable[Node], now_ms: int, rng: random.Random, at_most: int = 3) -> list[Score]:
+def same_digest(job: QueuedJob, nodes: list[Node]) -> list[Node]:
+    """Of the nodes with room those that can go on from the job's token ids; all when there is none, or no progress."""
+    return ([node for node in nodes if node.resume == job.resume] or nodes) if job.resume else nodes
+
+
+def rank(job: QueuedJob, nodes: Iterable[Node], now_ms: int, rng: random.Random, at_most: int = 3) -> list[Score]:
     """The best `at_most` nodes for the job, best first, with the terms of their scores; empty if it has to wait.
 
     Nodes within a hair of the best are shuffled, so that dispatchers with the same view do not herd.
     """
-    allowed = not_avoided(nodes, job.avoided)
+    allowed = not_avoided(nodes, job.avoid)
     if job.alone:
         return _rank_lone(job, allowed, now_ms)
-    choice = [node for node in allowed if is_open(node, now_ms)]
+    choice = same_digest(job, [node for node in allowed if is_open(node, now_ms)])
     scores = [score(node, job.est_prompt, len(choice)) for node in choice]
     if len(scores) > 1:
         scores.sort(key=lambda one: one.cost_ms)
@@ -125,17 +121,17 @@ def rank(job: Waiting, nodes: Iterable[Node], now_ms: int, rng: random.Random, a
     return scores[:at_most]
 
 
-def _rank_lone(job: Waiting, nodes: Sequence[Node], now_ms: int) -> list[Score]:
+def _rank_lone(job: QueuedJob, nodes: Sequence[Node], now_ms: int) -> list[Score]:
     """Every node that could run the job by itself: the one kept for it, then empty ones, then the soonest empty.
 
     `assign` takes the first that is empty, or else marks one and keeps others off it until it is.
     """
-    free = [node for node in nodes if node.alone in ("", job.job) and (not node.broken or may_probe(node, now_ms))]
-    free.sort(key=lambda node: (node.alone != job.job, node.running > 0, base_cost_ms(node)))
+    free = [node for node in nodes if node.alone in ("", job.job_id) and (not node.broken or may_probe(node, now_ms))]
+    free.sort(key=lambda node: (node.alone != job.job_id, node.running > 0, base_cost_ms(node)))
     return [score(node, job.est_prompt, len(free)) for node in free]
 
 
-def promise(node: Node, job: Waiting) -> None:
+def promise(node: Node, job: QueuedJob) -> None:
     """Count a pick against the node, so that the rest of the batch spreads over the others.
 
     A lone job takes the whole node, also when that must first run empty.
@@ -143,6 +139,6 @@ def promise(node: Node, job: Waiting) -> None:
     node.running += 1
     node.probing = node.broken
     if job.alone:
-        node.alone = job.job
+        node.alone = job.job_id
     node.promised_prompt += job.est_prompt
     node.promised_new += job.est_new

@@ -1,24 +1,35 @@
-"""Which queues a dispatcher looks at: its own by rendezvous, and any whose head has waited too long.
+"""Which queues a dispatcher looks at: those of its models by rendezvous, and any whose head has waited too long.
 
 A wrong guess is harmless, because `assign` checks every pick; sharing only keeps dispatchers from doing the same work.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable
 
 from bus.ids import rendezvous
+from bus.keys import QueueName, queue_model
+from bus.wire import QueueView
+
+HOLDER_PREFIX = "dispatcher:"  # of a dispatcher's name among the leases
 
 
-def own_queues(queues: Sequence[str], dispatchers: Collection[str], me: str) -> list[str]:
-    """The queues that `me` owns among the live `dispatchers`; all of them when nobody else is known to live.
+class Share:
+    """The queues of one dispatcher among the live ones; all queues of a model have the same owner."""
 
-    `me` counts as live: a dispatcher whose lease the server has lost must not stop working over it.
-    """
-    if all(one == me for one in dispatchers):
-        return list(queues)
-    alive = sorted({*dispatchers, me})
-    return [queue for queue in queues if rendezvous(queue, alive)[0] == me]
+    def __init__(self, me: str, holders: Iterable[str] = ()) -> None:
+        """holders: who has a lease now. `me` always counts: a lost lease must not stop the work."""
+        self.me = me
+        self.members = tuple(sorted({me, *(one for one in holders if one.startswith(HOLDER_PREFIX))}))
+        self._owned: dict[str, bool] = {}
 
+    def owns(self, queue: QueueName) -> bool:
+        if len(self.members) == 1:
+            return True
+        model = queue_model(queue)
+        owned = self._owned.get(model)
+        if owned is None:
+            owned = self._owned[model] = rendezvous(model, list(self.members))[0] == self.me
+        return owned
 
-def waits_too_long(head_entry_id: str, now_ms: int, take_over_ms: int) -> bool:
-    """Whether the entry at a queue's head was added longer ago than its owner may need, by the server's clock."""
-    return now_ms - int(head_entry_id.partition("-")[0]) > take_over_ms
+    def serves(self, view: QueueView, now_ms: int, take_over_ms: int) -> bool:
+        """Its own queue, or one whose head was added longer ago than its owner may need, by the server's clock."""
+        return bool(view.heads) and (self.owns(view.queue) or now_ms - view.heads[0].queued_ms > take_over_ms)

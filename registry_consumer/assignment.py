@@ -29,7 +29,7 @@ def fill_layers(
     filled: list[tuple[str, NodeEvent]] = []
     for entry_id, event in events:
         if isinstance(event, NodeRegistered):
-            layers = event.layers or _choose(event, known, default_layers)
+            layers = _choose(event, known, default_layers) if event.layers is None else event.layers
             known[event.node] = FleetNode(event.node, True, layers)
             event = msgspec.structs.replace(event, layers=layers)
         filled.append((entry_id, event))
@@ -46,4 +46,4 @@ def _choose(event: NodeRegistered, known: dict[NodeId, FleetNode], default_layer
 
 
 def _omits_layers(event: NodeEvent) -> bool:
-    return isinstance(event, NodeRegistered) and not event.layers
+    return isinstance(event, NodeRegistered) and event.layers is None

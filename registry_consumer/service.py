@@ -18,15 +18,17 @@ import os
 import secrets
 import socket
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 
 from bus.cell import Cell
 from bus.child import ParentLine
 from bus.events import ForeignEntry, NodeEvent, NodeRegistered, parse_event
 from bus.group import GroupReader
 from bus.ids import NodeId
-from bus.keys import REGISTRY_GROUP
+from bus.keys import REGISTRY_GROUP, CellKeys
 from bus.link import Entry, Fields, Link, LinkError, Reader, ServerAddress, ServerError
 from bus.settings import Settings
+from bus.startup import prepare_server
 from bus.steady import keep_doing, pause
 from bus.wire import Applied
 from registry_consumer.assignment import assign_layers
@@ -42,26 +44,26 @@ log = logging.getLogger(__name__)
 
 async def run(settings: Settings, parent: ParentLine) -> None:
     """All cells until the parent says stop; what is in hand is applied first."""
-    address = ServerAddress.parse(settings.redis_url)
+    address = await prepare_server(settings)
     consumer = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
-    async with asyncio.TaskGroup() as group:
-        for number in range(settings.cells):
-            group.create_task(_run_cell(address, number, consumer, settings, parent), name=f"registry c{number}")
-
-
-async def _run_cell(address: ServerAddress, number: int, consumer: str, settings: Settings, parent: ParentLine) -> None:
-    name = f"registry.c{number}"
-    any_key = f"millrace:{{c{number}}}:nodes"
-    timeout_s = settings.connect_timeout_ms / 1000
-    async with (
-        await Link.connect(
-            address, name=name, cell_key=any_key, connect_timeout_s=timeout_s, wait_s=settings.send_wait_ms / 1000
-        ) as link,
-        Reader(address, name=f"{name}.reader", cell_key=any_key, connect_timeout_s=timeout_s) as reader,
-    ):
-        registry = Registry(Cell(link, number, settings), reader, consumer)
+    async with AsyncExitStack() as stack:
+        registries = [await _open(stack, address, number, consumer, settings) for number in range(settings.cells)]
         parent.ready()
-        await registry.run(parent.stop)
+        async with asyncio.TaskGroup() as group:
+            for number, registry in enumerate(registries):
+                group.create_task(registry.run(parent.stop), name=f"registry c{number}")
+
+
+async def _open(
+    stack: AsyncExitStack, address: ServerAddress, number: int, consumer: str, settings: Settings
+) -> "Registry":
+    name, any_key = f"registry.c{number}", CellKeys(number).nodes
+    timeout_s, wait_s = settings.connect_timeout_ms / 1000, settings.send_wait_ms / 1000
+    link = await Link.connect(address, name=name, cell_key=any_key, connect_timeout_s=timeout_s, wait_s=wait_s)
+    await stack.enter_async_context(link)
+    reader = Reader(address, name=f"{name}.reader", cell_key=any_key, connect_timeout_s=timeout_s)
+    await stack.enter_async_context(reader)
+    return Registry(Cell(link, number, settings), reader, consumer)
 
 
 class Registry:

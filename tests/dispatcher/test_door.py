@@ -12,12 +12,12 @@ ENTRY = "1700000000000-3"
 JOB = orjson.dumps({"model": "m", "messages": [{"role": "user", "content": "Hello"}]})
 
 
-def read(cell: int = 0, cells: int = 1, **fields: bytes) -> DoorJob | DoorRefusal:
-    return read_entry(ENTRY, fields, cell=cell, cells=cells, default_model="default-model")
+def read(*, at: int = 0, cells: int = 1, **fields: bytes) -> DoorJob | DoorRefusal:
+    return read_entry(ENTRY, fields, cell=at, cells=cells, default_model="default-model")
 
 
 def refused(**fields: bytes) -> DoorRefusal:
-    result = read(**fields)
+    result = read_entry(ENTRY, fields, cell=0, cells=1, default_model="default-model")
     assert isinstance(result, DoorRefusal)
     return result
 
@@ -49,7 +49,7 @@ def test_the_wrong_cell_answers_with_the_right_one() -> None:
     home = cell_of_model("m", 3)
     wrong = (home + 1) % 3
 
-    result = read(job=JOB, cell=wrong, cells=3)
+    result = read(job=JOB, at=wrong, cells=3)
 
     assert isinstance(result, DoorRefusal)
     assert result.code == "wrong_cell"

@@ -7,19 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bus.ids import JobId, ModelName, NodeId
-from dispatcher.plan import Choice, Queued, QueueHead, plan
-from dispatcher.rank import Node, Waiting
+from bus.keys import queue_name
+from bus.wire import NO_FENCE, QueuedJob, QueueView
+from dispatcher.plan import Choice, plan
+from dispatcher.rank import Node
 
 NOW = 1_000_000
 
 
-def head(model: str, prio: int, *names: str, alone: bool = False, avoided: tuple[str, ...] = ()) -> QueueHead:
-    bad = frozenset(NodeId(one) for one in avoided)
-    entries = [
-        Queued(f"{index + 1}-0", "gateway:g", Waiting(JobId(name), ModelName(model), 10, 50, bad, alone))
-        for index, name in enumerate(names)
+def head(model: str, prio: int, *names: str, alone: bool = False) -> QueueView:
+    jobs = [
+        QueuedJob(f"{at + 1}-0", JobId(name), NO_FENCE, "gateway:g", 10, 50, 0, alone) for at, name in enumerate(names)
     ]
-    return QueueHead(f"queue:{model}:{prio}", prio, ModelName(model), entries)
+    return QueueView(queue_name(model, prio), len(jobs), tuple(jobs))
 
 
 def nodes(**capacities: int) -> list[Node]:
@@ -27,7 +27,7 @@ def nodes(**capacities: int) -> list[Node]:
 
 
 def run(
-    heads: list[QueueHead], fleet: dict[str, list[Node]], *, turn: int = 0, limit: int = 64, seed: int = 3
+    heads: list[QueueView], fleet: dict[str, list[Node]], *, turn: int = 0, limit: int = 64, seed: int = 3
 ) -> list[Choice]:
     return plan(
         heads, {ModelName(model): every for model, every in fleet.items()}, NOW, turn, random.Random(seed), limit
@@ -35,7 +35,7 @@ def run(
 
 
 def jobs(choices: list[Choice]) -> list[str]:
-    return [choice.queued.waiting.job for choice in choices]
+    return [choice.job.job_id for choice in choices]
 
 
 def test_redelivered_jobs_of_any_model_go_before_new_ones() -> None:
@@ -116,7 +116,7 @@ def test_a_large_fleet_is_compared_by_its_least_loaded_nodes() -> None:
 )
 def test_no_plan_exceeds_capacity_or_offers_a_job_twice(
     queues: list[tuple[str, int, int]], capacities: dict[str, int], turn: int, limit: int
-):
+) -> None:
     fleet = nodes(**capacities)
     heads = [head(model, prio, *(f"{model}{prio}-{i}" for i in range(count))) for model, prio, count in queues if count]
 

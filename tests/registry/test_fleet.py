@@ -75,7 +75,7 @@ def test_the_range_never_leaves_the_model() -> None:
 @given(st.integers(1, 40), st.lists(st.integers(1, 12), min_size=1, max_size=12))
 def test_nodes_that_join_one_by_one_leave_no_hole_as_soon_as_their_widths_could_cover_twice(
     layers: int, widths: list[int]
-):
+) -> None:
     """Greedy ranges may overlap at the end of the model; twice the model's layers in total always suffice."""
     replicas = [0] * layers
     for width in widths:

@@ -108,7 +108,7 @@ def test_any_order_of_deliveries_ends_in_the_same_state(events: list[News], rng:
 @given(events_drawn, st.randoms(use_true_random=False))
 def test_any_split_over_consumers_and_reduction_of_batches_ends_in_the_same_state(
     events: list[News], rng: random.Random
-):
+) -> None:
     """Three consumers reduce their own batches; what they apply, in whatever order, is worth the whole."""
     batches: list[list[News]] = [[], [], []]
     for event in events:

@@ -1,0 +1,87 @@
+"""The front door's shell: entries of `jobs` are admitted or refused, each once, by one script each.
+
+One consumer of the group `dispatcher`. An entry is acknowledged by the script that admits or rejects it, so a crash
+in between delivers it again and finds either the entry or its effect.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from bus.cell import Cell
+from bus.group import GroupReader
+from bus.jobs import estimate_new_tokens, estimate_prompt_tokens
+from bus.keys import DISPATCHER_GROUP
+from bus.link import Entry, Fields, LinkError, Reader
+from bus.wire import Refused, Submission
+from dispatcher.door import DoorJob, DoorRefusal, read_entry
+
+BATCH = 256
+
+log = logging.getLogger(__name__)
+
+
+class FrontDoor:
+    """One dispatcher's consumer on one cell's `jobs` stream."""
+
+    def __init__(self, cell: Cell, reader: Reader, consumer: str) -> None:
+        self._cell = cell
+        self._settings = cell.settings
+        self._stream = cell.keys.jobs
+        self.group = GroupReader(
+            cell.link, reader, self._stream, DISPATCHER_GROUP, consumer, claim_idle_ms=cell.settings.claim_idle_ms
+        )
+
+    async def step(self) -> None:
+        """Wait for entries (at most BLOCK) and end each of them."""
+        entries = await self.group.next_batch(BATCH, self._settings.block_ms)
+        if entries:
+            try:
+                await self._handle(entries)
+            except LinkError:
+                self.group.failed()
+                raise
+        await self.group.clean()
+
+    async def _handle(self, entries: Sequence[Entry]) -> None:
+        over = await self._over_bound() if len(entries) == BATCH else 0
+        await self.group.done([entry_id for entry_id, fields in entries if not fields])  # deleted meanwhile
+        calls = [
+            self._end(entry_id, fields, place < over) for place, (entry_id, fields) in enumerate(entries) if fields
+        ]
+        await asyncio.gather(*calls)
+
+    async def _over_bound(self) -> int:
+        """By how many entries the stream is beyond its bound: so many are answered `full`, the oldest first."""
+        return int(await self._cell.link.send("XLEN", self._stream)) - self._settings.front_door_max
+
+    async def _end(self, entry_id: str, fields: Fields, full: bool) -> None:
+        asked = read_entry(
+            entry_id, fields, cell=self._cell.cell, cells=self._settings.cells, default_model=self._settings.model
+        )
+        if full and isinstance(asked, DoorJob):
+            asked = DoorRefusal(asked.job_id, "full", "too many jobs wait to be admitted: try again later", asked.out)
+        if isinstance(asked, DoorRefusal):
+            await self._cell.reject(entry_id, asked.code, asked.message, asked.out, asked.job_id, fields)
+            log.info(
+                "refused", extra={"entry": entry_id, "job": asked.job_id, "code": asked.code, "why": asked.message}
+            )
+            return
+        admitted = await self._cell.admit(entry_id, to_submission(asked, self._settings.job_deadline_ms))
+        if isinstance(admitted, Refused):
+            log.info(
+                "refused", extra={"entry": entry_id, "job": asked.job_id, "code": admitted.code, "why": admitted.reason}
+            )
+
+
+def to_submission(asked: DoorJob, deadline_in_ms: int) -> Submission:
+    """Nobody waits on a connection for a plain producer's job, so it is kept whoever goes."""
+    return Submission(
+        job_id=asked.job_id,
+        job=asked.job,
+        out=asked.out,
+        policy="keep",
+        deadline_in_ms=deadline_in_ms,
+        est_prompt=estimate_prompt_tokens(asked.job),
+        est_new=estimate_new_tokens(asked.job),
+    )

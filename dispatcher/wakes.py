@@ -1,0 +1,78 @@
+"""The wake stream: what dispatchers block on. Many entries make one pass.
+
+Read from the last id, never `$`: what is added between two reads is not missed. What the stream does not say (trimmed,
+lost with a server, before our start) is found by looking at everything: at boot, at each BLOCK timeout and reconnect.
+"""
+
+import logging
+
+from bus.cell import Cell
+from bus.entries import parse_wake
+from bus.events import ForeignEntry
+from bus.ids import is_model_name
+from bus.keys import PRIORITIES, QueueName, queue_model, queue_name
+from bus.link import Entry, Reader
+from dispatcher.passes import Passes
+
+COUNT = 1_000
+NAMES_MAX = 1_000
+
+log = logging.getLogger(__name__)
+
+
+class Wakes:
+    """Reads one cell's `wake` and tells the passes which queues to look at."""
+
+    def __init__(self, cell: Cell, reader: Reader, passes: Passes) -> None:
+        self._cell = cell
+        self._reader = reader
+        self._passes = passes
+        self._key = cell.keys.wake
+        self._last_id = ""  # "" = unknown: asked before the next read
+        self._generation = 0
+        self._names: dict[bytes, QueueName | None] = {b"": None}  # what has been checked before
+
+    async def step(self) -> None:
+        """One read, at most BLOCK long."""
+        if not self._last_id:
+            self._last_id = await self._newest_id()
+            self._passes.look_again()
+        batch = await self._reader.xread({self._key: self._last_id}, count=COUNT, block_ms=self._cell.settings.block_ms)
+        if self._reader.generation != self._generation:
+            self._generation = self._reader.generation
+            self._last_id = ""  # another connection, perhaps to a server that lost its last second
+            return
+        if not batch:
+            self._passes.look_again()
+        for _, entries in batch:
+            self._last_id = entries[-1][0]
+            for queue in {await self._queue_of(entry) for entry in entries}:
+                self._passes.wake(queue)
+
+    async def _newest_id(self) -> str:
+        newest = await self._cell.link.send("XREVRANGE", self._key, "+", "-", "COUNT", 1)
+        return newest[0][0].decode() if newest else "0-0"
+
+    async def _queue_of(self, entry: Entry) -> QueueName | None:
+        """The queue that has work; None for room, and for an entry that is not ours, which is put away."""
+        entry_id, fields = entry
+        raw = fields.get("queue", b"-")
+        if raw in self._names and "job" in fields:
+            return self._names[raw]
+        try:
+            queue = check_queue(parse_wake(fields).queue)
+        except ForeignEntry as reason:
+            log.warning("dead letter", extra={"stream": "wake", "entry": entry_id, "why": str(reason)})
+            await self._cell.dead_letter(self._key, entry_id, str(reason), fields)
+            return None
+        if len(self._names) < NAMES_MAX:
+            self._names[raw] = queue
+        return queue
+
+
+def check_queue(name: QueueName) -> QueueName:
+    """Raises ForeignEntry if no queue can have this name."""
+    model = queue_model(name)
+    if not is_model_name(model) or name not in {queue_name(model, priority) for priority in PRIORITIES}:
+        raise ForeignEntry(f"queue {name[:80]!r} is none")
+    return name
