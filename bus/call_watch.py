@@ -84,13 +84,15 @@ class CallWatch:
                 pass
             self._tick.clear()
 
-    async def close(self) -> None:
+    async def close(self, *, hand_over: bool) -> None:
         """Cancel, as far as the server answers, the jobs whose policy says so, and give up the leases."""
         for task in list(self._work):
             task.cancel()
+        if hand_over:
+            return
         for call in list(self._calls.values()):
             if call.policy == "cancel" and not call.elsewhere and call.following.ended is None:
-                self._spawn(self._cancel(call, "gateway stopped"))
+                self._spawn(self._cancel(call, "caller stopped"))
         for cell in self._cells:
             self._spawn(self._drop_lease(cell))
         if self._work:

@@ -103,9 +103,13 @@ class Caller:
         self._spawn(self._watch.run(), "call watch")
         return self
 
-    async def close(self) -> None:
-        """End what is open by its policy, give up the leases, close the connections. Handles still open end."""
-        await self._watch.close()
+    async def close(self, *, hand_over: bool = False) -> None:
+        """Close the connections; handles still open end with `shutting_down`.
+
+        Open jobs are cancelled, where that is their policy, and the leases given up. With `hand_over` (a gateway that
+        stops) both are left to lapse: until then a client may resume its stream on another gateway.
+        """
+        await self._watch.close(hand_over=hand_over)
         for task in self._tasks:
             task.cancel()
         if self._tasks:
