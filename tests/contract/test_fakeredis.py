@@ -4,7 +4,7 @@ Every case runs on the real server and on fakeredis. Those marked `real_only` ar
 must fail (strict), so this file is the list, and an update of fakeredis that changes it is noticed.
 
 The conclusion for this project: API keys, hashes, sorted sets and plain stream appends may be tested on fakeredis;
-consumer groups in trouble, failures of the network and every Lua script, and so the whole protocol, need the real server.
+groups in trouble, a failing network and every Lua script, and so the whole protocol, need the real server.
 """
 
 import asyncio
