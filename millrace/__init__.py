@@ -1,8 +1,5 @@
-"""Millrace: chat serving on a fleet of GPU nodes over Redis Streams.
+"""Millrace: chat serving on a fleet of GPU nodes over Redis Streams. `from millrace import Client` is for producers."""
 
-`Client` is for programs that produce chats; the `millrace` command is for operators.
-"""
+from bus.client import Client
 
-from bus.client import Answer, ChatError, Client, Piece
-
-__all__ = ["Answer", "ChatError", "Client", "Piece"]
+__all__ = ["Client"]
