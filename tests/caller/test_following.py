@@ -136,8 +136,10 @@ def test_nothing_read_for_a_hole_is_reported() -> None:
     st.binary(min_size=1, max_size=60),
     st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20), st.booleans()), max_size=40),
 )
-def test_any_deliveries_of_the_same_text_end_in_that_text(answer: bytes, deliveries: list[tuple[int, int, bool]]) -> None:
-    """Frames repeated, cut anywhere, lost or reordered, attempts that start anew: the bytes come out once and in order."""
+def test_any_deliveries_of_the_same_text_end_in_that_text(
+    answer: bytes, deliveries: list[tuple[int, int, bool]]
+) -> None:
+    """Frames repeated, cut anywhere, lost or reordered, attempts begun anew: the bytes come out once and in order."""
     job = streaming("1.0")
     attempt = 0
     for start, size, dies in deliveries:

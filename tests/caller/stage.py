@@ -1,0 +1,81 @@
+"""A dispatcher and a worker driven by hand, step by step, over a real server: the caller's counterpart in tests."""
+
+from bus.cell import Cell
+from bus.entries import Assignment, parse_assignment
+from bus.events import NodeBeat
+from bus.ids import Fence, Holder, JobId, NodeId
+from bus.keys import WORKERS_GROUP
+from bus.link import Link, Reader, ServerAddress
+from bus.settings import Settings
+from bus.wire import Assigned, FinishPiece, FlushPiece, Owned, Pick, new_nonce
+
+MODEL = "echo"
+SETTINGS = Settings().changed(
+    model=MODEL, lease_ms=1_500, renew_ms=300, self_fence_ms=1_200, silence_ms=400, block_ms=200, client_grace_ms=200
+)
+
+
+class Stage:
+    """One node of one model. `give` plays the dispatcher, `say` and `end` the worker."""
+
+    def __init__(self, cell: Cell, reader: Reader, node: NodeId, holder: Holder) -> None:
+        self.cell = cell
+        self.node = node
+        self.holder = holder
+        self._reader = reader
+
+    @classmethod
+    async def open(cls, address: ServerAddress, link: Link, node: str = "n1") -> "Stage":
+        cell = Cell(link, 0, SETTINGS)
+        stage = cls(cell, Reader(address, name="stage"), NodeId(node), Holder(""))
+        await stage.rise()
+        return stage
+
+    async def rise(self) -> None:
+        """The node registers, as at a worker's boot, also after a FLUSHALL."""
+        if self.holder:
+            await self.cell.drop_lease(self.holder)
+        owned = await self.cell.own(self.node, self.node)
+        assert isinstance(owned, Owned)
+        self.holder = owned.holder
+        beat = NodeBeat(
+            node=self.node, epoch=owned.epoch, holder=owned.holder, kind="echo", models=(MODEL,), capacity=8, resume="d"
+        )
+        entry_id = await self.cell.publish_node_event(beat)
+        await self.cell.apply_events([(entry_id, beat)])
+
+    async def give(self, job_id: JobId) -> Assignment:
+        """Assign the queued job to the node, and read it from the node's stream."""
+        view = await self.cell.look()
+        queue, head = next((one.queue, head) for one in view.queues for head in one.heads if head.job_id == job_id)
+        pick = Pick(head.entry_id, job_id, head.fence, head.out, (self.node,), new_nonce())
+        [answer] = await self.cell.assign(queue, [pick])
+        assert isinstance(answer, Assigned), answer
+        while True:
+            key = self.cell.keys.node_jobs(self.node)
+            batch = await self._reader.xreadgroup(WORKERS_GROUP, self.holder, {key: ">"}, count=8, block_ms=500)
+            for _, entries in batch:
+                for entry_id, fields in entries:
+                    assignment = parse_assignment(entry_id, fields)
+                    if assignment.job_id == job_id:
+                        return assignment
+
+    async def say(self, work: Assignment, offset: int, text: str, tokens: bytes = b"") -> None:
+        piece = FlushPiece(
+            job_id=work.job_id, fence=work.fence, route=work.route, text_offset=offset, text=text.encode(),
+            token_offset=0, tokens=tokens,
+        )  # fmt: skip
+        await self.cell.flush(self.holder, self.node, [piece])
+
+    async def end(self, work: Assignment, offset: int, text: str = "") -> None:
+        piece = FinishPiece(
+            job_id=work.job_id, fence=work.fence, route=work.route, text_offset=offset, text=text.encode(),
+            reason="stop", prompt_tokens=3, new_tokens=5,
+        )  # fmt: skip
+        await self.cell.finish(self.holder, self.node, [piece])
+
+    async def crash(self, work: Assignment) -> None:
+        await self.cell.requeue(work.job_id, Fence(work.fence), "crash", "killed by the test")
+
+    async def close(self) -> None:
+        await self._reader.close()
