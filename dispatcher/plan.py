@@ -14,7 +14,7 @@ import msgspec
 from bus.ids import ModelName
 from bus.keys import QueueName, queue_model, queue_priority
 from bus.wire import QueuedJob, QueueView
-from dispatcher.rank import Node, Score, base_cost_ms, is_open, promise, rank
+from dispatcher.rank import Node, Score, is_open, promise, rank, rank_open
 
 ASSIGN_MAX = 64  # jobs of one assign call
 SHORTLIST = (
@@ -43,21 +43,22 @@ def plan(
     nodes: by model; a node that serves two models is one object in both lists.
     turn: grows with each pass and moves the first turn on to the next model.
     """
-    short = {model: shortlist(every, now_ms) for model, every in nodes.items()}
+    room = {model: shortlist(every, now_ms) for model, every in nodes.items()}
     by_id = {node.node: node for every in nodes.values() for node in every}
-    full: set[ModelName] = set()  # models without room for an ordinary job: no need to ask again in this pass
     choices: list[Choice] = []
     for queue, model, job in in_turn(queues, turn):
-        ordinary = not job.alone and not job.avoid
-        if ordinary and model in full:
-            continue
-        ranked = rank(job, short.get(model, ()) if ordinary else nodes.get(model, ()), now_ms, rng)
+        ordinary = not (job.alone or job.avoid or job.resume)
+        if ordinary:
+            ranked = rank_open(job, room.get(model, ()), rng)
+        else:
+            ranked = rank(job, nodes.get(model, ()), now_ms, rng)
         if not ranked:
-            if ordinary:
-                full.add(model)
             continue
         choices.append(Choice(queue, job, ranked))
-        promise(by_id[ranked[0].node], job)
+        best = by_id[ranked[0].node]
+        promise(best, job)
+        if not is_open(best, now_ms):
+            room = {other: [node for node in some if node is not best] for other, some in room.items()}
         if len(choices) == limit:
             break
     return choices
@@ -78,9 +79,7 @@ def in_turn(queues: Sequence[QueueView], turn: int) -> Iterator[tuple[QueueName,
                     yield view.queue, model, view.heads[place]
 
 
-def shortlist(nodes: Sequence[Node], now_ms: int) -> Sequence[Node]:
-    """The nodes worth comparing for ordinary jobs: all of a small fleet, the least loaded open ones of a large one."""
-    if len(nodes) <= SHORTLIST:
-        return nodes
+def shortlist(nodes: Sequence[Node], now_ms: int) -> list[Node]:
+    """The nodes worth comparing for ordinary jobs: those that are open, of a large fleet the least loaded ones."""
     usable = [node for node in nodes if is_open(node, now_ms)]
-    return heapq.nsmallest(SHORTLIST, usable, key=base_cost_ms)
+    return heapq.nsmallest(SHORTLIST, usable, key=lambda node: node.base_ms) if len(usable) > SHORTLIST else usable

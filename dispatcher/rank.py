@@ -9,6 +9,7 @@ Pure: the view of the nodes, the time and the random source are arguments. Wheth
 checked by the `assign` script; a stale view costs a retry, never an over-reservation.
 """
 
+import heapq
 import random
 from collections.abc import Collection, Iterable, Sequence
 
@@ -39,6 +40,14 @@ class Node(msgspec.Struct):
     probing: bool = False  # a probe is on its way
     alone: str = ""  # the job that has this node for itself, or for which it runs empty
     resume: str = ""  # digest of tokenizer and weights: goes on from token ids of nodes with the same one
+    prompt_ms: float = 0.0  # per prompt token; this and the next two are derived, and kept for speed
+    new_ms: float = 0.0  # per new token
+    base_ms: float = 0.0  # the part of the cost that is the same for every job
+
+    def __post_init__(self) -> None:
+        self.prompt_ms = 1_000.0 / max(self.prefill_rate, RATE_MIN)
+        self.new_ms = 1_000.0 / max(self.decode_rate, RATE_MIN)
+        self.base_ms = backlog_ms(self) + penalty_ms(self)
 
 
 class Score(msgspec.Struct, frozen=True):
@@ -55,8 +64,7 @@ class Score(msgspec.Struct, frozen=True):
 
 def backlog_ms(node: Node) -> float:
     """How long the tokens already promised keep the node busy."""
-    prefill_rate, decode_rate = max(node.prefill_rate, RATE_MIN), max(node.decode_rate, RATE_MIN)
-    return 1_000.0 * (node.promised_prompt / prefill_rate + node.promised_new / decode_rate)
+    return node.promised_prompt * node.prompt_ms + node.promised_new * node.new_ms
 
 
 def penalty_ms(node: Node) -> float:
@@ -64,14 +72,8 @@ def penalty_ms(node: Node) -> float:
     return FAILURE_COST_MS * failure / (1.0 - failure)
 
 
-def base_cost_ms(node: Node) -> float:
-    """The part of the cost that is the same for every job."""
-    return backlog_ms(node) + penalty_ms(node)
-
-
 def score(node: Node, est_prompt: int, candidates: int = 0) -> Score:
-    wait, penalty = backlog_ms(node), penalty_ms(node)
-    prefill = 1_000.0 * est_prompt / max(node.prefill_rate, RATE_MIN)
+    wait, penalty, prefill = backlog_ms(node), penalty_ms(node), est_prompt * node.prompt_ms
     total = wait + prefill + penalty
     return Score(
         node.node, round(total, 1), round(wait, 1), round(prefill, 1), round(penalty, 1), node.running, candidates
@@ -104,21 +106,29 @@ def same_digest(job: QueuedJob, nodes: list[Node]) -> list[Node]:
 def rank(job: QueuedJob, nodes: Iterable[Node], now_ms: int, rng: random.Random, at_most: int = 3) -> list[Score]:
     """The best `at_most` nodes for the job, best first, with the terms of their scores; empty if it has to wait.
 
-    Nodes within a hair of the best are shuffled, so that dispatchers with the same view do not herd.
+    Nodes within a hair of the best take random turns, so that dispatchers with the same view do not herd.
     """
     allowed = not_avoided(nodes, job.avoid)
     if job.alone:
         return _rank_lone(job, allowed, now_ms)
-    choice = same_digest(job, [node for node in allowed if is_open(node, now_ms)])
-    scores = [score(node, job.est_prompt, len(choice)) for node in choice]
-    if len(scores) > 1:
-        scores.sort(key=lambda one: one.cost_ms)
-        bound = scores[0].cost_ms * TIE_FACTOR + TIE_MS
-        tied = sum(1 for one in scores if one.cost_ms <= bound)
-        best = scores[:tied]
-        rng.shuffle(best)
-        scores[:tied] = best
-    return scores[:at_most]
+    return rank_open(job, same_digest(job, [node for node in allowed if is_open(node, now_ms)]), rng, at_most)
+
+
+def rank_open(job: QueuedJob, nodes: Sequence[Node], rng: random.Random, at_most: int = 3) -> list[Score]:
+    """`rank` over nodes that are known to be open and right for the job."""
+    if len(nodes) <= 1:
+        return [score(node, job.est_prompt, 1) for node in nodes]
+    est_prompt = job.est_prompt
+    costs = [node.base_ms + est_prompt * node.prompt_ms for node in nodes]
+    bound = min(costs) * TIE_FACTOR + TIE_MS
+    best = [node for node, cost in zip(nodes, costs, strict=True) if cost <= bound]
+    if len(best) > 1:
+        first = int(rng.random() * len(best))  # a rotation: the first one is drawn evenly, at a tenth of a shuffle's cost
+        best = [*best[first:], *best[:first]][:at_most]
+    if len(best) < min(at_most, len(nodes)):
+        rest = heapq.nsmallest(at_most, zip(costs, range(len(nodes)), strict=True))
+        best += [nodes[at] for cost, at in rest if cost > bound][: at_most - len(best)]
+    return [score(node, est_prompt, len(nodes)) for node in best]
 
 
 def _rank_lone(job: QueuedJob, nodes: Sequence[Node], now_ms: int) -> list[Score]:
@@ -127,7 +137,7 @@ def _rank_lone(job: QueuedJob, nodes: Sequence[Node], now_ms: int) -> list[Score
     `assign` takes the first that is empty, or else marks one and keeps others off it until it is.
     """
     free = [node for node in nodes if node.alone in ("", job.job_id) and (not node.broken or may_probe(node, now_ms))]
-    free.sort(key=lambda node: (node.alone != job.job_id, node.running > 0, base_cost_ms(node)))
+    free.sort(key=lambda node: (node.alone != job.job_id, node.running > 0, node.base_ms))
     return [score(node, job.est_prompt, len(free)) for node in free]
 
 
@@ -142,3 +152,4 @@ def promise(node: Node, job: QueuedJob) -> None:
         node.alone = job.job_id
     node.promised_prompt += job.est_prompt
     node.promised_new += job.est_new
+    node.base_ms += job.est_prompt * node.prompt_ms + job.est_new * node.new_ms
