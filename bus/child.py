@@ -31,12 +31,12 @@ from bus.exits import (
     EXIT_SUPERSEDED,
     EXIT_UNAVAILABLE,
     StartError,
-    SupersededError,
     leaves,
 )
 from bus.ids import Holder, NodeId
 from bus.link import LinkError
 from bus.settings import Settings
+from bus.wire import Superseded
 
 ORPHAN_GRACE_S = 8.0  # how long a child without its parent may take to hand its work back
 PR_SET_PDEATHSIG = 1
@@ -104,7 +104,7 @@ def report(error: Exception) -> int:
         if isinstance(leaf, StartError):
             log.error("cannot start: %s", leaf)
             return EXIT_CONFIG
-    if any(isinstance(leaf, SupersededError) for leaf in found):
+    if any(isinstance(leaf, Superseded) for leaf in found):
         log.warning("superseded by another owner, dropped everything", extra={"reason": str(found[0])})
         return EXIT_SUPERSEDED
     if all(isinstance(leaf, LinkError) for leaf in found):

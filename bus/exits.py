@@ -11,10 +11,6 @@ class StartError(Exception):
     """The role cannot start until a person acts. The message is one line that says what to do."""
 
 
-class SupersededError(Exception):
-    """Another process took over what this one held; the child drops everything and ends."""
-
-
 def leaves(error: BaseException) -> list[BaseException]:
     """The errors inside a group, however deep; a plain error is its own leaf."""
     if isinstance(error, BaseExceptionGroup):

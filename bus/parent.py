@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import importlib
 import logging
+import os
 import signal
 import socket
 import sys
@@ -83,7 +84,9 @@ def run_role(role: Role, arguments: Sequence[str], environ: Mapping[str, str]) -
     set_up_logging(role.module, level=settings.log_level, as_json=settings.log_json)
     if line_fd is not None:
         code: int = importlib.import_module(CHILD_MODULE).run_child(role.child, settings, line_fd)
-        return code
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(code)  # an engine's thread that is stuck must not keep a dead role alive
     lock = None
     if role.names is not None:
         lock = take_node_lock(Path(settings.var_dir), role.names(settings))

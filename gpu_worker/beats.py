@@ -1,0 +1,99 @@
+"""Beats of a worker's node: full state, so that any one of them recreates the node after a FLUSHALL."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from bus.cell import Cell
+from bus.events import NodeBeat
+from bus.ids import NodeId
+from bus.link import LinkError
+from bus.wire import Owned
+from gpu_worker.engine import EngineInfo, EngineLoad
+
+LOOK_S = 1.0  # how often the load is compared with what was told
+RATE_NEWS = 0.25  # a rate that changed by more is worth a beat of its own
+
+log = logging.getLogger(__name__)
+
+
+def make_beat(
+    owned: Owned,
+    info: EngineInfo,
+    load: EngineLoad,
+    *,
+    draining: bool = False,
+    version: str = "",
+    layer_count: int = 0,
+    gpu_memory_gb: float = 0.0,
+) -> NodeBeat:
+    assert info.kind != "http", "HTTP nodes beat for themselves"
+    return NodeBeat(
+        node=owned.node,
+        epoch=owned.epoch,
+        holder=owned.holder,
+        kind=info.kind,
+        models=info.models,
+        capacity=load.capacity,
+        layers=info.layers,
+        layer_count=layer_count or len(info.layers),
+        context_length=info.context_length,
+        resume=info.resume_digest,
+        prefill_rate=round(load.prefill_rate, 1),
+        decode_rate=round(load.decode_rate, 1),
+        running=load.running,
+        waiting=load.waiting,
+        free_blocks=load.free_blocks,
+        total_blocks=load.total_blocks,
+        gpu_memory_gb=gpu_memory_gb,
+        version=version,
+        draining=draining,
+    )
+
+
+def is_news(told: NodeBeat, now: NodeBeat) -> bool:
+    """Whether the dispatcher or an operator should know before the next regular beat."""
+    if (told.capacity, told.draining, told.models) != (now.capacity, now.draining, now.models):
+        return True
+    if (told.running == 0) != (now.running == 0):
+        return True
+    return _differs(told.prefill_rate, now.prefill_rate) or _differs(told.decode_rate, now.decode_rate)
+
+
+def _differs(before: float, after: float) -> bool:
+    return abs(after - before) > RATE_NEWS * max(abs(before), 1e-9)
+
+
+class Beater:
+    """Publishes the node's state every `beat_ms`, sooner on news, and at once when nudged."""
+
+    def __init__(self, cell: Cell, node: NodeId, describe: Callable[[], NodeBeat], beat_s: float) -> None:
+        self._cell = cell
+        self._node = node
+        self._describe = describe
+        self._beat_s = beat_s
+        self._nudged = asyncio.Event()
+
+    def nudge(self) -> None:
+        """Beat now: after a reconnect the server may know nothing of us."""
+        self._nudged.set()
+
+    async def run(self) -> None:
+        """Until cancelled. A server that cannot be reached is tried again at the next look."""
+        told: NodeBeat | None = None
+        told_s = 0.0
+        while True:
+            now_s = time.monotonic()
+            beat = self._describe()
+            if told is None or self._nudged.is_set() or now_s - told_s >= self._beat_s or is_news(told, beat):
+                self._nudged.clear()
+                try:
+                    await self._cell.publish_node_event(beat)
+                    told, told_s = beat, now_s
+                except LinkError as error:
+                    log.warning("beat not sent", extra={"node": self._node, "error": str(error)})
+            try:
+                await asyncio.wait_for(self._nudged.wait(), min(LOOK_S, self._beat_s))
+            except TimeoutError:
+                pass

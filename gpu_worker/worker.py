@@ -1,0 +1,215 @@
+"""The child of a worker's parent: one engine, one node, one process. What `python -m gpu_worker` runs.
+
+Start: engine, then `own` (a new epoch), then the lease thread, then beats and reading. Stop, in this order: take no
+more work, finish or hand back what is held, say bye, give the lease up, close. A relay is another service with the
+same parts: gpu_worker.relay_engine.service.
+"""
+
+import asyncio
+import importlib.metadata
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from bus.cell import Cell
+from bus.child import ParentLine, resolve
+from bus.events import NodeBye
+from bus.exits import StartError
+from bus.ids import NodeId, cell_of_model, is_model_name, is_node_id
+from bus.keys import CellKeys
+from bus.link import Link, LinkError, ServerAddress
+from bus.settings import Settings
+from bus.startup import prepare_server
+from bus.wire import HeldBy, Owned
+from gpu_worker.beats import Beater, make_beat
+from gpu_worker.echo_engine import EchoEngine
+from gpu_worker.echo_script import EchoKnobs
+from gpu_worker.engine import Engine, EngineInfo, EngineStartError
+from gpu_worker.lease import LeaseThread
+from gpu_worker.reader import NodeReader
+from gpu_worker.service import NodeService
+
+RELAY = "gpu_worker.relay_engine.service:run"
+TORCH = "gpu_worker.torch_engine.settings:make_torch_engine"  # (settings) -> Engine; imports torch
+OWN_PATIENCE = 3  # leases to wait for an older holder's to lapse
+CLOSE_S = 3.0
+
+log = logging.getLogger(__name__)
+
+
+async def run(settings: Settings, parent: ParentLine) -> None:
+    """See bus.child.ChildMain."""
+    if not is_node_id(settings.node_id):
+        raise StartError(f"MILLRACE_NODE_ID={settings.node_id!r} is no node id: 1 to 64 of A-Z a-z 0-9 _ . -")
+    if settings.engine == "relay":
+        await resolve(RELAY)(settings, parent)
+        return
+    address = await prepare_server(settings)
+    engine = make_engine(settings)
+    try:
+        info = await start_engine(engine, parent.stop)
+        if info is not None:
+            await serve(settings, parent, address, engine, info)
+    finally:
+        await close_engine(engine)
+
+
+def make_engine(settings: Settings) -> Engine:
+    if settings.engine == "echo":
+        names = [name.strip() for name in settings.echo_models.split(",") if name.strip()]
+        if not names or not all(is_model_name(name) for name in names):
+            raise StartError(f"MILLRACE_ECHO_MODELS={settings.echo_models!r} is no comma list of model names")
+        knobs = EchoKnobs(
+            delay_ms=settings.echo_delay_ms,
+            first_ms=settings.echo_first_ms,
+            fail_at=settings.echo_fail_at,
+            poison=settings.echo_poison,
+        )
+        return EchoEngine(models=names, capacity=settings.capacity, knobs=knobs)
+    module, _, function = TORCH.partition(":")
+    try:
+        engine: Engine = getattr(importlib.import_module(module), function)(settings)
+    except EngineStartError as error:
+        raise StartError(str(error)) from error
+    return engine
+
+
+async def start_engine(engine: Engine, stop: asyncio.Event) -> EngineInfo | None:
+    """Load the model; None if told to stop meanwhile. Raises StartError with what to do."""
+    starting = asyncio.create_task(engine.start(), name="engine start")
+    stopping = asyncio.create_task(stop.wait(), name="stop")
+    await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not starting.done():
+        starting.cancel()
+        return None
+    try:
+        return starting.result()
+    except EngineStartError as error:
+        raise StartError(str(error)) from error
+
+
+async def close_engine(engine: Engine) -> None:
+    try:
+        await asyncio.wait_for(engine.close(), CLOSE_S)
+    except TimeoutError:
+        log.warning("the engine does not close, the process ends without it")
+
+
+def choose_cell(models: tuple[str, ...], cells: int) -> int:
+    """A model lives in one cell with all its nodes. Raises StartError for models of several cells."""
+    found = {cell_of_model(model, cells) for model in models}
+    if len(found) != 1:
+        raise StartError(f"the models {', '.join(models)} live in different cells: run a worker for each")
+    return found.pop()
+
+
+async def own_node(cell: Cell, node: NodeId, stop: asyncio.Event) -> Owned | None:
+    """Take the node; waits for an older holder's lease to lapse. None if told to stop meanwhile."""
+    patience_s = OWN_PATIENCE * cell.settings.lease_ms / 1000
+    end_s = asyncio.get_running_loop().time() + patience_s
+    while not stop.is_set():
+        answer = await cell.own(node, node)
+        if isinstance(answer, Owned):
+            return answer
+        if asyncio.get_running_loop().time() > end_s:
+            raise StartError(_taken(node, answer))
+        log.info("node is held by another, waiting", extra={"node": node, "holder": answer.holder})
+        await asyncio.sleep(cell.settings.lease_ms / 10_000)
+    return None
+
+
+def _taken(node: NodeId, answer: HeldBy) -> str:
+    return f"the node id {node} is served by a living worker ({answer.holder}): set MILLRACE_NODE_ID to another"
+
+
+@asynccontextmanager
+async def connected_cell(settings: Settings, address: ServerAddress, number: int, name: str) -> AsyncIterator[Cell]:
+    """A cell over a link of its own."""
+    link = await Link.connect(
+        address,
+        name=name,
+        cell_key=CellKeys(number).leases,
+        connect_timeout_s=settings.connect_timeout_ms / 1000,
+        wait_s=settings.send_wait_ms / 1000,
+    )
+    async with link:
+        yield Cell(link, number, settings)
+
+
+async def serve(
+    settings: Settings, parent: ParentLine, address: ServerAddress, engine: Engine, info: EngineInfo
+) -> None:
+    node = NodeId(settings.node_id)
+    number = choose_cell(info.models, settings.cells)
+    async with connected_cell(settings, address, number, node) as cell:
+        owned = await own_node(cell, node, parent.stop)
+        if owned is None:
+            return
+        parent.owns(number, node, owned.holder)
+        lease = LeaseThread(address, settings, cells=[number], name=node)
+        await lease.start()
+        try:
+            await _serve_owned(settings, parent, address, cell, engine, info, owned, lease)
+        finally:
+            await lease.close()
+        await _give_up(cell, owned)
+        parent.left(number, node, owned.holder)
+
+
+async def _serve_owned(
+    settings: Settings,
+    parent: ParentLine,
+    address: ServerAddress,
+    cell: Cell,
+    engine: Engine,
+    info: EngineInfo,
+    owned: Owned,
+    lease: LeaseThread,
+) -> None:
+    reader = NodeReader(cell, address, owned.holder, block_ms=settings.block_ms, name=owned.node)
+    service = NodeService(
+        cell,
+        owned.node,
+        owned.holder,
+        engine,
+        settings,
+        reader=reader,
+        lease=lease,
+        since_ms=owned.epoch,
+        resumes=bool(info.resume_digest),
+    )
+    version = importlib.metadata.version("millrace")
+    beater = Beater(
+        cell,
+        owned.node,
+        lambda: make_beat(owned, info, engine.load(), draining=service.draining.is_set(), version=version),
+        settings.beat_ms / 1000,
+    )
+    cell.link.on_reconnect(service.on_reconnect)
+    cell.link.on_reconnect(beater.nudge)
+
+    async def say_bye() -> None:
+        beating.cancel()
+        try:
+            await cell.publish_node_event(NodeBye(owned.node, owned.epoch))
+        except LinkError as error:
+            log.warning("bye not said", extra={"node": owned.node, "error": str(error)})
+
+    async with asyncio.TaskGroup() as group:
+        beating = group.create_task(beater.run(), name="beats")
+        reading = group.create_task(reader.run(), name="reads")
+        log.info("node is up", extra={"node": owned.node, "epoch": owned.epoch, "models": ",".join(info.models)})
+        parent.ready()
+        await service.run(parent.stop, say_bye)
+        beating.cancel()
+        reading.cancel()
+
+
+async def _give_up(cell: Cell, owned: Owned) -> None:
+    """The lease goes, and with it whatever was assigned at the last moment."""
+    try:
+        left = await cell.down(owned.node, owned.holder)
+        log.info("node has left", extra={"node": owned.node, "handed_back": len(left)})
+    except LinkError as error:
+        log.warning("node not given up, its lease lapses", extra={"node": owned.node, "error": str(error)})
