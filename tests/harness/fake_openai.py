@@ -82,6 +82,10 @@ class Call:
     body: dict[str, Any]
     tokens_sent: int = 0
     aborted: bool = False  # the caller went away before the end
+    over: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)  # a stream ended, or was aborted
+
+    def to_json(self) -> dict[str, Any]:
+        return {"path": self.path, "body": self.body, "tokens_sent": self.tokens_sent, "aborted": self.aborted}
 
 
 @dataclasses.dataclass
@@ -164,7 +168,7 @@ class FakeNode:
         return web.json_response(dataclasses.asdict(self.knobs))
 
     async def _list_calls(self, request: web.Request) -> web.Response:
-        return web.json_response([dataclasses.asdict(call) for call in self.calls])
+        return web.json_response([call.to_json() for call in self.calls])
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         if self.knobs.owned_by not in ("vllm", "llamacpp"):
@@ -241,6 +245,8 @@ class FakeNode:
         except (ConnectionError, asyncio.CancelledError):
             call.aborted = True
             raise
+        finally:
+            call.over.set()
         await response.write_eof()
         return response
 
