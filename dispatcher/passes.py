@@ -12,7 +12,6 @@ the truth, and `assign` checks again. Remembered is only which queues had jobs l
 
 import asyncio
 import logging
-import random
 from collections.abc import Sequence
 
 import msgspec
@@ -22,7 +21,7 @@ from bus.ids import ModelName, NodeId
 from bus.keys import QueueName, queue_model
 from bus.wire import Assigned, CellView, NodeView, NotAssigned, Pick, new_nonce
 from dispatcher.plan import ASSIGN_MAX, Choice, plan
-from dispatcher.rank import Node, is_open
+from dispatcher.rank import Draw, Node, is_open
 from dispatcher.sharing import Share
 
 SETTLED = {"gone", "not_queued"}  # the entry is no longer in the queue
@@ -34,11 +33,11 @@ _encode = msgspec.json.Encoder().encode
 class Passes:
     """The passes of one dispatcher over one cell. `wake` and `look_again` may be called at any time."""
 
-    def __init__(self, cell: Cell, share: Share, rng: random.Random) -> None:
+    def __init__(self, cell: Cell, share: Share, draw: Draw) -> None:
         self.share = share
         self.assigned = 0  # jobs since the start
         self._cell = cell
-        self._rng = rng
+        self._draw = draw
         self._turn = 0
         self._everything = True
         self._woken: set[QueueName] = set()
@@ -103,7 +102,7 @@ class Passes:
         nodes = to_nodes(view)
         take_over_ms = self._cell.settings.take_over_ms
         mine = [one for one in view.queues if self.share.serves(one, view.now_ms, take_over_ms)]
-        choices = plan(mine, nodes, view.now_ms, self._turn, self._rng)
+        choices = plan(mine, nodes, view.now_ms, self._turn, self._draw)
         taken = await self._assign(choices)
         self._note(view, queues, {one.queue: one.length for one in mine}, nodes, taken)
         return sum(taken.assigned.values())

@@ -6,7 +6,6 @@ spreads. A job that no node can take now is passed over and stays where it is in
 """
 
 import heapq
-import random
 from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
@@ -14,7 +13,7 @@ import msgspec
 from bus.ids import ModelName
 from bus.keys import QueueName, queue_model, queue_priority
 from bus.wire import QueuedJob, QueueView
-from dispatcher.rank import Node, Score, is_open, promise, rank, rank_open
+from dispatcher.rank import Draw, Node, Score, is_open, promise, rank, rank_open
 
 ASSIGN_MAX = 64  # jobs of one assign call
 SHORTLIST = (
@@ -35,7 +34,7 @@ def plan(
     nodes: Mapping[ModelName, Sequence[Node]],
     now_ms: int,
     turn: int,
-    rng: random.Random,
+    draw: Draw,
     limit: int = ASSIGN_MAX,
 ) -> list[Choice]:
     """Choose nodes for at most `limit` jobs. The nodes' load grows with the choices: pass a fresh look's.
@@ -49,9 +48,9 @@ def plan(
     for queue, model, job in in_turn(queues, turn):
         ordinary = not (job.alone or job.avoid or job.resume)
         if ordinary:
-            ranked = rank_open(job, room.get(model, ()), rng)
+            ranked = rank_open(job, room.get(model, ()), draw)
         else:
-            ranked = rank(job, nodes.get(model, ()), now_ms, rng)
+            ranked = rank(job, nodes.get(model, ()), now_ms, draw)
         if not ranked:
             continue
         choices.append(Choice(queue, job, ranked))

@@ -10,8 +10,7 @@ checked by the `assign` script; a stale view costs a retry, never an over-reserv
 """
 
 import heapq
-import random
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import msgspec
 
@@ -21,6 +20,7 @@ from bus.wire import QueuedJob
 FAILURE_COST_MS = 2_000.0  # what one failure costs a job: the first back-off (1 s) and about as long to notice it
 FAILURE_MAX = 0.95  # an EWMA of 1 would be an infinite penalty; such a node is the breaker's business
 TIE_FACTOR, TIE_MS = 1.02, 1.0  # costs this close are equal: rates are measured, and herds follow false precision
+Draw = Callable[[], float]  # uniform in [0, 1): `random.Random(seed).random`
 RATE_MIN = 0.1  # tokens/s; a node that has measured nothing yet
 
 
@@ -103,7 +103,7 @@ def same_digest(job: QueuedJob, nodes: list[Node]) -> list[Node]:
     return ([node for node in nodes if node.resume == job.resume] or nodes) if job.resume else nodes
 
 
-def rank(job: QueuedJob, nodes: Iterable[Node], now_ms: int, rng: random.Random, at_most: int = 3) -> list[Score]:
+def rank(job: QueuedJob, nodes: Iterable[Node], now_ms: int, draw: Draw, at_most: int = 3) -> list[Score]:
     """The best `at_most` nodes for the job, best first, with the terms of their scores; empty if it has to wait.
 
     Nodes within a hair of the best take random turns, so that dispatchers with the same view do not herd.
@@ -111,10 +111,10 @@ def rank(job: QueuedJob, nodes: Iterable[Node], now_ms: int, rng: random.Random,
     allowed = not_avoided(nodes, job.avoid)
     if job.alone:
         return _rank_lone(job, allowed, now_ms)
-    return rank_open(job, same_digest(job, [node for node in allowed if is_open(node, now_ms)]), rng, at_most)
+    return rank_open(job, same_digest(job, [node for node in allowed if is_open(node, now_ms)]), draw, at_most)
 
 
-def rank_open(job: QueuedJob, nodes: Sequence[Node], rng: random.Random, at_most: int = 3) -> list[Score]:
+def rank_open(job: QueuedJob, nodes: Sequence[Node], draw: Draw, at_most: int = 3) -> list[Score]:
     """`rank` over nodes that are known to be open and right for the job."""
     if len(nodes) <= 1:
         return [score(node, job.est_prompt, 1) for node in nodes]
@@ -123,7 +123,7 @@ def rank_open(job: QueuedJob, nodes: Sequence[Node], rng: random.Random, at_most
     bound = min(costs) * TIE_FACTOR + TIE_MS
     best = [node for node, cost in zip(nodes, costs, strict=True) if cost <= bound]
     if len(best) > 1:
-        first = int(rng.random() * len(best))  # a rotation: the first one is drawn evenly, at a tenth of a shuffle's cost
+        first = int(draw() * len(best))  # a rotation: evenly drawn, cheaper than a shuffle
         best = [*best[first:], *best[:first]][:at_most]
     if len(best) < min(at_most, len(nodes)):
         rest = heapq.nsmallest(at_most, zip(costs, range(len(nodes)), strict=True))

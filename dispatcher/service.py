@@ -66,7 +66,7 @@ class Dispatcher:
         self._settings = cell.settings
         self._holder = holder
         self._wake_reader = wake_reader
-        self.passes = Passes(cell, Share(holder), random.Random())
+        self.passes = Passes(cell, Share(holder), random.random)
         self._wakes = Wakes(cell, wake_reader, self.passes)
         self._door = FrontDoor(cell, jobs_reader, holder)
 

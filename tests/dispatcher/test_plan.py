@@ -30,7 +30,7 @@ def run(
     heads: list[QueueView], fleet: dict[str, list[Node]], *, turn: int = 0, limit: int = 64, seed: int = 3
 ) -> list[Choice]:
     return plan(
-        heads, {ModelName(model): every for model, every in fleet.items()}, NOW, turn, random.Random(seed), limit
+        heads, {ModelName(model): every for model, every in fleet.items()}, NOW, turn, random.Random(seed).random, limit
     )
 
 

@@ -26,7 +26,7 @@ def job(
 
 
 def order(one: QueuedJob, nodes: list[Node], seed: int = 1) -> list[str]:
-    return [ranked.node for ranked in rank(one, nodes, NOW, random.Random(seed))]
+    return [ranked.node for ranked in rank(one, nodes, NOW, random.Random(seed).random)]
 
 
 def test_the_node_with_the_shortest_expected_wait_comes_first() -> None:
@@ -134,11 +134,11 @@ def test_a_tie_is_broken_at_random_between_the_best_only() -> None:
 def test_a_batch_spreads_over_equal_nodes() -> None:
     """Each pick counts against its node at once, so the rest of the batch goes elsewhere."""
     nodes = [node("a"), node("b"), node("c")]
-    rng = random.Random(7)
+    draw = random.Random(7).random
     by_id = {one.node: one for one in nodes}
 
     for index in range(12):
-        picked = rank(job(f"c0-{index}"), nodes, NOW, rng)[0]
+        picked = rank(job(f"c0-{index}"), nodes, NOW, draw)[0]
         promise(by_id[picked.node], job())
 
     assert [one.running for one in nodes] == [4, 4, 4]
@@ -179,7 +179,7 @@ nodes_drawn = st.lists(
 
 @given(nodes_drawn, st.integers())
 def test_whatever_the_fleet_the_choice_is_open_has_room_and_is_sorted(nodes: list[Node], seed: int) -> None:
-    ranked = rank(job(), nodes, NOW, random.Random(seed), at_most=99)
+    ranked = rank(job(), nodes, NOW, random.Random(seed).random, at_most=99)
 
     by_id = {one.node: one for one in nodes}
     for one in ranked:
