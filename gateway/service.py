@@ -55,8 +55,8 @@ async def open_gateway(settings: Settings, address: ServerAddress) -> AsyncItera
     async with (
         client(address, connections_max=KEY_CLIENT_CONNECTIONS) as key_client,
         guarded_session(policy) as session,
-        Caller(address, settings, name="gateway") as caller,
     ):
+        caller = await Caller(address, settings, name="gateway").start()
         keys = ApiKeys(key_client, cache_s=settings.key_cache_ms / 1000)
         fleet = FleetReader(caller.cells)
         try:
@@ -72,6 +72,8 @@ async def open_gateway(settings: Settings, address: ServerAddress) -> AsyncItera
         finally:
             await fleet.close()
             await keys.close()
+            # Streams that were cut off may be taken up on another gateway until our lease has lapsed.
+            await caller.close(hand_over=True)
 
 
 @asynccontextmanager
