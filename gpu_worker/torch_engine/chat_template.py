@@ -1,0 +1,71 @@
+"""A model's chat template, rendered in a sandbox.
+
+Templates come with models, so they are other people's programs: immutable sandboxed jinja2, no loader, no access to
+Python objects beyond the messages. Helpers are those that Hugging Face templates expect.
+"""
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from bus.jobs import Message
+
+
+class TemplateError(Exception):
+    """The template refuses these messages; the text says why, for the client."""
+
+
+class ChatTemplate:
+    def __init__(self, source: str, special: Mapping[str, str]) -> None:
+        """special: bos_token and the like, by name. Raises TemplateError on a template that does not parse."""
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals.update(raise_exception=_refuse, strftime_now=_strftime_now)
+        self._special = dict(special)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise TemplateError(f"the model's chat template does not parse: {error}") from error
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The prompt up to where the assistant's answer begins."""
+        plain = [_to_plain(message) for message in messages]
+        try:
+            return self._template.render(messages=plain, add_generation_prompt=True, tools=None, **self._special)
+        except TemplateError:
+            raise
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            KeyError,
+            IndexError,
+            OverflowError,
+            RecursionError,
+        ) as error:
+            raise TemplateError(f"the model's chat template refuses these messages: {error}") from error
+
+
+def _to_plain(message: Message) -> dict[str, str]:
+    """`developer` is what newer OpenAI clients call the system role; templates know the old name."""
+    role = "system" if message.role == "developer" else message.role
+    plain = {"role": role, "content": message.content}
+    return plain if message.name is None else plain | {"name": message.name}
+
+
+def _refuse(text: str) -> NoReturn:
+    raise TemplateError(text)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.datetime.now().strftime(pattern)
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)

@@ -1,0 +1,170 @@
+"""From a Hugging Face directory to weights in the engine's form. Strict: each tensor is used once and has its shape."""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gpu_worker.engine import EngineStartError
+from gpu_worker.torch_engine.linear import LinearFactory
+from gpu_worker.torch_engine.model import LayerWeights, ModelWeights
+from gpu_worker.torch_engine.model_config import ModelConfig
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[float], None]  # 0..1
+SAMPLE_BYTES = 4096
+SAMPLES = 256
+
+
+class TensorSource:
+    """The tensors of all shards, by name; remembers which were taken."""
+
+    def __init__(self, directory: Path, stack: ExitStack, *, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        self._where: dict[str, Any] = {}
+        for path in weight_files(directory):
+            try:
+                shard = stack.enter_context(safe_open(str(path), framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise EngineStartError(
+                    f"{path}: cannot be read: {error}; remove it and fetch the model again"
+                ) from error
+            for name in shard.keys():  # noqa: SIM118 - a shard is no mapping
+                if name in self._where:
+                    raise EngineStartError(f"{directory}: tensor {name} is in two files")
+                self._where[name] = shard
+        self._untaken = set(self._where)
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """In the engine's dtype on its device. Raises EngineStartError if missing or of another shape."""
+        if name not in self._where:
+            raise EngineStartError(f"the model lacks tensor {name}")
+        tensor: Tensor = self._where[name].get_tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise EngineStartError(f"tensor {name} has shape {tuple(tensor.shape)}, expected {shape}")
+        self._untaken.discard(name)
+        return tensor.to(self._device, self._dtype)
+
+    def check_all_taken(self, *, ignore: Callable[[str], bool]) -> None:
+        left = sorted(name for name in self._untaken if not ignore(name))
+        if left:
+            raise EngineStartError(
+                f"the model has {len(left)} tensors that this architecture does not know, such as {left[0]}"
+            )
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Raises EngineStartError if there are none."""
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return [directory / name for name in names]
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise EngineStartError(
+            f"{directory}: no *.safetensors; run `make run`, or set MILLRACE_MODEL_PATH to a model directory"
+        )
+    return files
+
+
+def load_weights(
+    directory: Path, config: ModelConfig, layers: range, factory: LinearFactory, progress: Progress
+) -> ModelWeights:
+    """The weights of a contiguous range of layers, with embeddings at its first end and norm and head at its last."""
+    first, last = layers.start == 0, layers.stop == config.layers
+    with ExitStack() as stack:
+        source = TensorSource(directory, stack, device=factory.device, dtype=factory.dtype)
+        embedding = None
+        if first or (last and config.tied_head):
+            embedding = source.take("model.embed_tokens.weight", config.vocabulary, config.hidden)
+        loaded = []
+        for index in layers:
+            loaded.append(_load_layer(source, config, index, factory))
+            progress(len(loaded) / (len(layers) + 1))
+        norm = source.take("model.norm.weight", config.hidden) if last else None
+        head = None
+        if last:
+            tied = config.tied_head
+            matrix = embedding if tied else source.take("lm_head.weight", config.vocabulary, config.hidden)
+            assert matrix is not None
+            head = factory.build(matrix)
+        source.check_all_taken(ignore=lambda name: _belongs_elsewhere(name, config, layers))
+        progress(1.0)
+    return ModelWeights(tuple(loaded), embedding if first else None, norm, head)
+
+
+def _load_layer(source: TensorSource, config: ModelConfig, index: int, factory: LinearFactory) -> LayerWeights:
+    prefix = f"model.layers.{index}."
+    hidden, middle = config.hidden, config.intermediate
+    queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+
+    def fused(names: list[str], outs: list[int], width: int, biased: bool) -> Any:
+        weight = torch.cat(
+            [source.take(f"{prefix}{name}.weight", out, width) for name, out in zip(names, outs, strict=True)]
+        )
+        bias = (
+            [source.take(f"{prefix}{name}.bias", out) for name, out in zip(names, outs, strict=True)] if biased else []
+        )
+        return factory.build(weight, torch.cat(bias) if bias else None)
+
+    def head_norm(name: str) -> Tensor | None:
+        return source.take(f"{prefix}self_attn.{name}.weight", config.head_dim) if config.qk_norm else None
+
+    return LayerWeights(
+        attention_norm=source.take(f"{prefix}input_layernorm.weight", hidden),
+        qkv=fused([f"self_attn.{name}_proj" for name in "qkv"], [queries, keys, keys], hidden, config.qkv_bias),
+        query_norm=head_norm("q_norm"),
+        key_norm=head_norm("k_norm"),
+        output=fused(["self_attn.o_proj"], [hidden], queries, config.output_bias),
+        mlp_norm=source.take(f"{prefix}post_attention_layernorm.weight", hidden),
+        gate_up=fused(["mlp.gate_proj", "mlp.up_proj"], [middle, middle], hidden, config.mlp_bias),
+        down=fused(["mlp.down_proj"], [hidden], middle, config.mlp_bias),
+    )
+
+
+def _belongs_elsewhere(name: str, config: ModelConfig, layers: range) -> bool:
+    """Other ranges' tensors, a tied head stored a second time, and tables that older exports carry."""
+    parts = name.split(".")
+    if parts[:2] == ["model", "layers"] and parts[2].isdigit() and int(parts[2]) < config.layers:
+        return int(parts[2]) not in layers or name.endswith("rotary_emb.inv_freq")
+    if name == "lm_head.weight":
+        return config.tied_head or layers.stop != config.layers
+    return name in ("model.embed_tokens.weight", "model.norm.weight") and len(layers) < config.layers
+
+
+def resume_digest(directory: Path) -> str:
+    """Equal for engines that may exchange token ids: the same tokenizer and the same weights.
+
+    Of each weight file: size, and samples spread over it (its header is among them), so that large models start soon.
+    """
+    digest = hashlib.sha256((directory / "tokenizer.json").read_bytes())
+    for path in weight_files(directory):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for sample in range(SAMPLES):
+                file.seek(sample * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:32]
+
+
+def log_progress(name: str, clock: Callable[[], float] = time.monotonic, every_s: float = 1.0) -> Progress:
+    """Says how far loading is, at most once every `every_s` seconds."""
+    next_s = clock() + every_s
+
+    def progress(fraction: float) -> None:
+        nonlocal next_s
+        if clock() >= next_s and fraction < 1.0:
+            next_s = clock() + every_s
+            log.info("loading weights", extra={"model": name, "percent": round(100 * fraction)})
+
+    return progress

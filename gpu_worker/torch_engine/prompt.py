@@ -1,0 +1,125 @@
+"""From a request to a sequence that the scheduler can run, or to the end it has at once. No torch, no thread, no clock.
+
+A resumed answer: its forced tokens (or, from an engine with other tokens, its forced text tokenised again) are put
+behind the prompt, computed like it, and fed through the same text stream, so that what is held back at that point,
+half a character or half a stop string, is held back again.
+"""
+
+import dataclasses
+
+from gpu_worker.engine import End, GenerateRequest
+from gpu_worker.torch_engine.chat_template import TemplateError
+from gpu_worker.torch_engine.detokenizer import TextStream
+from gpu_worker.torch_engine.sequence import Sequence
+from gpu_worker.torch_engine.text_model import TextModel
+
+
+@dataclasses.dataclass
+class Answer:
+    """A sequence and its text. Offsets count what has been handed out, forced prefix included."""
+
+    sequence: Sequence
+    stream: TextStream
+    text_offset: int  # UTF-8 bytes
+    token_offset: int
+    carries_tokens: bool  # False after a re-tokenised prefix: those ids are not what earlier attempts produced
+    ready_text: str = ""  # let out by the forced tokens but never shown; goes out with the first piece
+    ready_end: End | None = None  # the forced prefix already completes the answer
+
+
+def prepare(request: GenerateRequest, model: TextModel, *, context_max: int) -> Answer | End:
+    """context_max: tokens that one sequence may have, prompt and answer together."""
+    try:
+        prompt = _prompt_tokens(request, model, context_max)
+    except _Refused as refused:
+        return _client_error(refused.code, str(refused))
+    stream = TextStream(model.token_bytes, request.job.stop)
+    forced = list(request.forced_tokens)
+    retokenised = not forced and bool(request.forced_text)
+    if retokenised:
+        try:
+            forced = model.encode(request.forced_text.decode(), special=False)
+        except UnicodeDecodeError:
+            return _node_error("interrupted", "the text of the earlier attempt is not UTF-8")
+        ready = ""
+    else:
+        text = "".join(stream.feed(token) for token in forced).encode()
+        if not text.startswith(request.forced_text):
+            return _node_error("interrupted", "the stored tokens and the stored text of the earlier attempt disagree")
+        ready = text[len(request.forced_text) :].decode()
+    sequence = Sequence(
+        id=request.sequence,
+        tokens=prompt + forced,
+        prompt_len=len(prompt),
+        forced_len=len(forced),
+        total_max=_total_max(len(prompt), request.job.max_tokens, context_max),
+        sampling=model.defaults.resolve(request.job.sampling, request.seed),
+        ignore_eos=request.job.ignore_eos,
+    )
+    answer = Answer(
+        sequence=sequence,
+        stream=stream,
+        text_offset=len(request.forced_text),
+        token_offset=0 if retokenised else len(forced),
+        carries_tokens=not retokenised,
+        ready_text=ready,
+    )
+    answer.ready_end = _end_of_prefix(answer)
+    return answer
+
+
+class _Refused(Exception):
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def _prompt_tokens(request: GenerateRequest, model: TextModel, context_max: int) -> list[int]:
+    job = request.job
+    try:
+        text = job.prompt if job.prompt is not None else model.render(job.messages)
+    except TemplateError as error:
+        raise _Refused("bad_request", str(error)) from error
+    if (at_least := model.least_tokens(text)) >= context_max:
+        raise _too_long(context_max, f"at least {at_least}")
+    try:
+        tokens = model.encode(text, special=job.prompt is not None)
+    except Exception as error:  # tokenizers raises bare Exception, and TypeError for lone surrogates
+        raise _Refused("bad_request", f"the prompt cannot be tokenised: {error}") from error
+    if not tokens:
+        raise _Refused("bad_request", "the prompt is empty")
+    if len(tokens) >= context_max:
+        raise _too_long(context_max, str(len(tokens)))
+    return tokens
+
+
+def _too_long(context_max: int, tokens: str) -> _Refused:
+    return _Refused(
+        "context_length_exceeded",
+        f"This model's maximum context length is {context_max} tokens. However, your messages resulted in {tokens}"
+        " tokens. Please reduce the length of the messages.",
+    )
+
+
+def _total_max(prompt_len: int, max_tokens: int | None, context_max: int) -> int:
+    """max_tokens is an upper bound, so a larger wish than the context leaves is no error: it ends with `length`."""
+    return context_max if max_tokens is None else min(context_max, prompt_len + max_tokens)
+
+
+def _end_of_prefix(answer: Answer) -> End | None:
+    sequence = answer.sequence
+    if answer.stream.stopped:
+        return End("stop", prompt_tokens=sequence.prompt_len, new_tokens=sequence.answer_len)
+    if len(sequence.tokens) >= sequence.total_max:
+        if answer.carries_tokens:
+            answer.ready_text += answer.stream.finish()
+        return End("length", prompt_tokens=sequence.prompt_len, new_tokens=sequence.answer_len)
+    return None
+
+
+def _client_error(code: str, message: str) -> End:
+    return End("error", error_code=code, error_message=message, fault="client")
+
+
+def _node_error(code: str, message: str) -> End:
+    return End("error", error_code=code, error_message=message, fault="node")

@@ -1,0 +1,60 @@
+"""One generation: its tokens, how far they are computed, and the blocks that hold them.
+
+    tokens      [ prompt ........ | forced answer .. | new answer .. ]
+                0                 prompt_len          (forced_len)     len(tokens)
+    computed    [ cached_len ......... )              keys and values of these positions lie in `blocks`
+
+A sequence is *pending* in `len(tokens) - cached_len` tokens: one while it decodes, many while its prompt (or, after a
+preemption, all of it) is prefilled. The last position's logits give the next token, so a step that computes the
+last pending token samples; a step that computes an earlier chunk does not.
+
+    waiting --admit--> running --finish--> finished
+       ^------preempt-----'        (blocks freed, cached_len = 0, tokens kept: recomputed later, never lost)
+"""
+
+import dataclasses
+import enum
+
+
+class State(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingChoice:
+    """Sampling with every default resolved. temperature 0 is greedy; top_k 0 and top_p 1 switch their filter off."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+
+
+@dataclasses.dataclass
+class Sequence:
+    id: str
+    tokens: list[int]  # prompt, forced prefix and answer; grows by one with each sampled token
+    prompt_len: int
+    forced_len: int  # answer tokens that an earlier attempt produced
+    total_max: int  # never more tokens than this: context, max_tokens and pool, whichever is least
+    sampling: SamplingChoice
+    ignore_eos: bool = False
+    state: State = State.WAITING
+    cached_len: int = 0  # positions whose keys and values are computed; set back to 0 by a preemption
+    blocks: list[int] = dataclasses.field(default_factory=list)  # owned through BlockPool, in order of position
+    hashes: list[bytes] = dataclasses.field(default_factory=list)  # chain hash of each full block, as far as computed
+    arrived_s: float = 0.0
+    first_token_s: float = 0.0
+    preemptions: int = 0
+    reused_tokens: int = 0  # prompt tokens found in the prefix cache at the last admission
+
+    @property
+    def pending(self) -> int:
+        return len(self.tokens) - self.cached_len
+
+    @property
+    def answer_len(self) -> int:
+        """Tokens of the whole answer, forced prefix included: the sampler's position."""
+        return len(self.tokens) - self.prompt_len
