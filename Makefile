@@ -14,10 +14,10 @@ INSTALL = @test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found: install
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
-run: setup model  ## install what is missing, fetch the model, start the whole fleet; Ctrl-C stops it
+run: setup  ## install what is missing, fetch the model, start the whole fleet; Ctrl-C stops it
 	@$(BIN)/millrace up
 
-worker: setup model  ## add one more torch worker to the running fleet, or to REDIS_URL
+worker: setup  ## add one more torch worker to the running fleet, or to REDIS_URL
 	@$(BIN)/millrace worker
 
 stop:  ## stop a fleet that runs elsewhere

@@ -9,6 +9,7 @@ import msgspec
 
 from bus.cell import Cell
 from bus.ids import JobId, parse_cell
+from bus.keys import CellKeys
 from bus.link import Link
 from bus.settings import Settings
 from bus.startup import prepare_server
@@ -24,7 +25,7 @@ async def opened_cells(settings: Settings) -> AsyncIterator[list[Cell]]:
     links: list[Link] = []
     try:
         for number in range(settings.cells):
-            links.append(await Link.connect(address, name="millrace-cli", cell_key=f"millrace:{{c{number}}}:jobs"))
+            links.append(await Link.connect(address, name="millrace-cli", cell_key=CellKeys(number).jobs))
         yield [Cell(link, number, settings) for number, link in enumerate(links)]
     finally:
         for link in links:

@@ -58,12 +58,19 @@ def check_ports(ports: Mapping[str, int], host: str) -> None:
             )
 
 
-def check_model(settings: Settings, lines: Mapping[str, str], environ: Mapping[str, str], folder: Path) -> None:
-    """Ask the worker's own part whether the model is there; it knows where models lie."""
-    if settings.engine != "torch" or not any("gpu_worker" in command for command in lines.values()):
-        return
-    command = [sys.executable, "-m", "gpu_worker.model_files", "check"]
-    done = subprocess.run(command, cwd=folder, env=dict(environ), capture_output=True, text=True, check=False)
+def fetch_model(settings: Settings, environ: Mapping[str, str], folder: Path) -> None:
+    """Have the worker's own part fetch the model if it is missing, with its progress on this terminal.
+
+    Without a network it is a matter of a moment once the model is there. Raises CannotStart; the reason is printed.
+    """
+    command = [sys.executable, "-m", "gpu_worker.model_files", "fetch"]
+    done = subprocess.run(command, cwd=folder, env=dict(environ), stdout=subprocess.DEVNULL, check=False)
     if done.returncode != 0:
-        said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        raise CannotStart(said[-1] if said else f"the model {settings.model} is not usable: `make run` fetches it")
+        raise CannotStart(f"there is no model {settings.model} to serve; the line above says why")
+
+
+def runs_torch(settings: Settings, lines: Mapping[str, str]) -> bool:
+    """Whether one of these lines is a torch worker."""
+    return settings.engine == "torch" and any(
+        "-m gpu_worker" in command and "--engine" not in command for command in lines.values()
+    )

@@ -28,7 +28,7 @@ from millrace.embedded import Embedded, EmbeddedError, write_private
 from millrace.keeper import Ended, Keeper, Spec, shell
 from millrace.lock import FleetLock, lock_path, running_pid, take_lock, wait_until_free
 from millrace.logs import LogFile, Terminal
-from millrace.preflight import CannotStart, check_model, check_ports, gateway_ports, read_procfile
+from millrace.preflight import CannotStart, check_ports, fetch_model, gateway_ports, read_procfile, runs_torch
 from millrace.probe import is_ready
 
 WARDEN_SCRIPT = Path(__file__).with_name("warden.py")
@@ -45,7 +45,8 @@ async def run_up(settings: Settings, environ: Mapping[str, str], folder: Path, p
     lock = _lock(Path(settings.var_dir))
     try:
         check_ports(gateway_ports(lines, settings), settings.gateway_host)
-        check_model(settings, lines, environ, folder)
+        if runs_torch(settings, lines):
+            fetch_model(settings, environ, folder)
         fleet = Fleet(settings, environ, folder, lines, lock)
         return await fleet.run()
     finally:

@@ -26,13 +26,13 @@ def logged(*, as_json: bool, **extra: object) -> str:
     return stream.getvalue()
 
 
-def test_a_text_line_has_time_level_role_message_and_fields():
+def test_a_text_line_has_time_level_role_message_and_fields() -> None:
     line = logged(as_json=False, job="c0-1", tokens_out=412, ttft_ms=83.21)
 
     assert line.split(" ", 1)[1] == "info    gateway: job finished  job=c0-1 tokens_out=412 ttft_ms=83.21\n"
 
 
-def test_a_json_line_is_one_object_with_the_fields_beside_the_message():
+def test_a_json_line_is_one_object_with_the_fields_beside_the_message() -> None:
     line = json.loads(logged(as_json=True, job="c0-1", tokens_out=412))
 
     assert line | {"time": ""} == {
@@ -43,7 +43,7 @@ def test_a_json_line_is_one_object_with_the_fields_beside_the_message():
 
 @pytest.mark.parametrize("as_json", [False, True])
 @pytest.mark.parametrize("value", ["two\nlines", "\ud800", b"\xff\x00", {1: {2, 3}}, 2**70, object(), "\x1b[31m", ""])
-def test_no_field_breaks_or_forges_a_line(value, as_json):
+def test_no_field_breaks_or_forges_a_line(value: object, as_json: bool) -> None:
     """Fields hold what strangers sent."""
     line = logged(as_json=as_json, value=value)
 
@@ -51,7 +51,7 @@ def test_no_field_breaks_or_forges_a_line(value, as_json):
     assert "\x1b" not in line
 
 
-def test_a_crash_says_where():
+def test_a_crash_says_where() -> None:
     stream = io.StringIO()
     set_up_logging("worker", stream=stream)
 
@@ -64,5 +64,5 @@ def test_a_crash_says_where():
     assert "ValueError: broken" in stream.getvalue()
 
 
-def test_a_long_field_is_cut():
+def test_a_long_field_is_cut() -> None:
     assert len(logged(as_json=False, prompt="x" * 100_000)) < 3_000

@@ -22,23 +22,23 @@ from millrace.table import to_table
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_crash_loop_is_slowed_down_and_a_single_crash_is_not():
+def test_a_crash_loop_is_slowed_down_and_a_single_crash_is_not() -> None:
     assert [pause_s(ends) for ends in (1, 2, 3, 4, 10)] == [0.1, 1.0, 2.0, 4.0, 30.0]
     assert count_end(5, lived_s=31) == 1
     assert count_end(5, lived_s=3) == 6
 
 
-def test_an_end_is_described_in_words_a_person_knows():
+def test_an_end_is_described_in_words_a_person_knows() -> None:
     assert Ended("worker", -9, 1.0, "").how == "SIGKILL"
     assert Ended("worker", 1, 1.0, "").how == "status 1"
 
 
 @pytest.mark.parametrize(("code", "needs_person"), [(2, True), (127, True), (1, False), (-9, False), (0, False)])
-def test_only_what_a_person_must_change_ends_a_start(code: int, needs_person: bool):
+def test_only_what_a_person_must_change_ends_a_start(code: int, needs_person: bool) -> None:
     assert Ended("worker", code, 1.0, "").needs_person is needs_person
 
 
-def test_a_log_file_is_bounded_and_keeps_one_older_file(tmp_path: Path):
+def test_a_log_file_is_bounded_and_keeps_one_older_file(tmp_path: Path) -> None:
     """No unbounded file: two times the setting is the most a role may take."""
     log = LogFile(tmp_path / "role.log", size_max=100)
     for number in range(50):
@@ -51,7 +51,7 @@ def test_a_log_file_is_bounded_and_keeps_one_older_file(tmp_path: Path):
     assert files[0].read_bytes().endswith(b"line 49\n")
 
 
-def test_a_stopped_terminal_does_not_stop_the_fleet():
+def test_a_stopped_terminal_does_not_stop_the_fleet() -> None:
     """Ctrl-S in the terminal must not make the roles wait: lines are dropped and counted."""
 
     class Stopped(io.StringIO):
@@ -67,7 +67,7 @@ def test_a_stopped_terminal_does_not_stop_the_fleet():
     assert time.monotonic() - began < 5
 
 
-def test_the_lock_tells_whose_fleet_runs(tmp_path: Path):
+def test_the_lock_tells_whose_fleet_runs(tmp_path: Path) -> None:
     assert running_pid(tmp_path) is None
     lock = take_lock(tmp_path)
     assert lock is not None
@@ -79,7 +79,7 @@ def test_the_lock_tells_whose_fleet_runs(tmp_path: Path):
     assert running_pid(tmp_path) is None
 
 
-def test_the_environment_stands_over_the_env_file(tmp_path: Path):
+def test_the_environment_stands_over_the_env_file(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("# comment\nMILLRACE_CELLS=3\nREDIS_URL=redis://file/0\n")
 
     merged = merged_environ({"MILLRACE_CELLS": "1"}, tmp_path)
@@ -87,7 +87,7 @@ def test_the_environment_stands_over_the_env_file(tmp_path: Path):
     assert merged == {"MILLRACE_CELLS": "1", "REDIS_URL": "redis://file/0"}
 
 
-def test_a_missing_or_empty_procfile_is_explained(tmp_path: Path):
+def test_a_missing_or_empty_procfile_is_explained(tmp_path: Path) -> None:
     with pytest.raises(CannotStart, match="run this in the folder of Millrace"):
         read_procfile(tmp_path / "Procfile")
     (tmp_path / "Procfile").write_text("# nothing\n")
@@ -95,19 +95,19 @@ def test_a_missing_or_empty_procfile_is_explained(tmp_path: Path):
         read_procfile(tmp_path / "Procfile")
 
 
-def test_the_procfile_has_the_roles_of_a_whole_fleet():
+def test_the_procfile_has_the_roles_of_a_whole_fleet() -> None:
     lines = read_procfile(ROOT / "Procfile")
 
     assert list(lines) == ["registry", "dispatcher", "worker", "relay", "gateway", "gateway2"]
     assert gateway_ports(lines, Settings()) == {"gateway": 8080, "gateway2": 8081}
 
 
-def test_two_gateways_cannot_share_a_port():
+def test_two_gateways_cannot_share_a_port() -> None:
     with pytest.raises(CannotStart, match="both gateways have the same port"):
         check_ports({"gateway": 1234, "gateway2": 1234}, "127.0.0.1")
 
 
-def test_what_the_banner_prints_can_be_pasted():
+def test_what_the_banner_prints_can_be_pasted() -> None:
     """The curl line is handed to a shell as it stands; here it only prints its arguments."""
     lines = banner(Settings(), {"gateway": 8080, "gateway2": 8081}, "mr_key", "redis://default:pw@127.0.0.1:1/0")
     at = next(number for number, line in enumerate(lines) if line.strip().startswith("curl"))
@@ -120,7 +120,7 @@ def test_what_the_banner_prints_can_be_pasted():
     assert said[-1].startswith('{"model": "smollm2-135m-instruct"')
 
 
-def test_a_table_shows_foreign_text_without_obeying_it():
+def test_a_table_shows_foreign_text_without_obeying_it() -> None:
     """Node names and users come from strangers; an escape sequence must not reach the terminal."""
     lines = to_table(["node", "kind"], [["a\x1b[2J", "torch"], ["b", ""]]).splitlines()
 
@@ -146,11 +146,11 @@ def installer() -> ModuleType:
         ("Max retries exceeded with url", "is there a network?"),
     ],
 )
-def test_a_failed_installation_says_what_to_do(said: str, advice: str):
+def test_a_failed_installation_says_what_to_do(said: str, advice: str) -> None:
     assert advice in installer().hint(said)
 
 
-def test_the_locks_name_exact_versions_with_hashes_and_no_cuda():
+def test_the_locks_name_exact_versions_with_hashes_and_no_cuda() -> None:
     """torch is pinned on its own: its wheels differ by machine."""
     for kind in ("service", "worker", "dev"):
         lock = (ROOT / "requirements" / f"{kind}.lock").read_text()
@@ -161,7 +161,7 @@ def test_the_locks_name_exact_versions_with_hashes_and_no_cuda():
     assert (ROOT / "requirements" / "torch.in").read_text().strip() == "torch==2.13.0"
 
 
-def test_the_command_explains_itself():
+def test_the_command_explains_itself() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "millrace", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
     )

@@ -8,12 +8,12 @@ import pytest
 from bus.settings import Settings, SettingsError, env_name, read_settings
 
 
-def test_the_defaults_fit_together():
+def test_the_defaults_fit_together() -> None:
     """An empty environment is a valid fleet of one machine."""
     assert Settings.from_env({}) == Settings()
 
 
-def test_values_are_parsed_by_the_type_of_their_field():
+def test_values_are_parsed_by_the_type_of_their_field() -> None:
     settings = Settings.from_env(
         {"MILLRACE_CELLS": "3", "MILLRACE_OPEN_CHAT": "off", "MILLRACE_THREADS": "2", "MILLRACE_NODE_ALLOW": " a, b "}
     )
@@ -21,12 +21,12 @@ def test_values_are_parsed_by_the_type_of_their_field():
     assert (settings.cells, settings.open_chat, settings.threads, settings.node_allow) == (3, False, 2, "a, b")
 
 
-def test_an_empty_variable_means_the_default():
+def test_an_empty_variable_means_the_default() -> None:
     """Compose files and shells pass empty variables for what was not set."""
     assert Settings.from_env({"MILLRACE_LEASE_MS": "", "REDIS_URL": " "}) == Settings()
 
 
-def test_other_programs_variables_are_none_of_our_business():
+def test_other_programs_variables_are_none_of_our_business() -> None:
     assert Settings.from_env({"PATH": "/bin", "REDIS_HOST": "x"}) == Settings()
 
 
@@ -47,26 +47,26 @@ def test_other_programs_variables_are_none_of_our_business():
         ),
     ],
 )
-def test_what_cannot_work_is_refused_with_what_to_do(environ, said):
+def test_what_cannot_work_is_refused_with_what_to_do(environ: dict[str, str], said: str) -> None:
     with pytest.raises(SettingsError) as error:
         Settings.from_env(environ)
 
     assert str(error.value) == said
 
 
-def test_a_worker_must_fence_itself_before_its_lease_ends():
+def test_a_worker_must_fence_itself_before_its_lease_ends() -> None:
     """Otherwise another worker could publish the same job at the same time."""
     with pytest.raises(SettingsError, match="MILLRACE_SELF_FENCE_MS=10000 must lie between"):
         Settings().changed(self_fence_ms=10_000)
 
 
-def test_a_child_process_gets_the_same_settings():
+def test_a_child_process_gets_the_same_settings() -> None:
     settings = Settings().changed(redis_url="redis://h", open_chat=False, threads=3, echo_poison="die", cells=2)
 
     assert Settings.from_env(settings.to_env()) == settings
 
 
-def test_a_role_finds_the_server_of_the_running_fleet(tmp_path: Path):
+def test_a_role_finds_the_server_of_the_running_fleet(tmp_path: Path) -> None:
     """`millrace up` leaves the address of its server in the var folder."""
     (tmp_path / "redis-url").write_text("redis://found\n")
 
@@ -74,13 +74,13 @@ def test_a_role_finds_the_server_of_the_running_fleet(tmp_path: Path):
     assert read_settings({"MILLRACE_VAR_DIR": str(tmp_path), "REDIS_URL": "redis://given"}).redis_url == "redis://given"
 
 
-def test_a_role_without_a_server_says_how_to_get_one(tmp_path: Path):
+def test_a_role_without_a_server_says_how_to_get_one(tmp_path: Path) -> None:
     with pytest.raises(
         SettingsError, match=r"REDIS_URL is not set and no fleet runs here .* set REDIS_URL, or start one"
     ):
         read_settings({"MILLRACE_VAR_DIR": str(tmp_path)})
 
 
-def test_every_setting_has_a_line_for_the_readme():
+def test_every_setting_has_a_line_for_the_readme() -> None:
     for setting in dataclasses.fields(Settings):
         assert setting.metadata["doc"], env_name(setting)
