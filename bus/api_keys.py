@@ -177,7 +177,7 @@ class ApiKeys:
         if read is None:
             read = asyncio.create_task(self._read(digest), name="read api key")
             self._reads[digest] = read
-            read.add_done_callback(lambda _: self._reads.pop(digest, None))
+            read.add_done_callback(lambda done: self._forget(digest, done))
         return await asyncio.shield(read)
 
     async def close(self) -> None:
@@ -185,6 +185,11 @@ class ApiKeys:
         for read in reads:
             read.cancel()
         await asyncio.gather(*reads, return_exceptions=True)
+
+    def _forget(self, digest: str, done: "asyncio.Task[KeyRecord | None]") -> None:
+        del self._reads[digest]
+        if not done.cancelled():
+            done.exception()  # its askers may all have gone away
 
     async def _read(self, digest: str) -> KeyRecord | None:
         with _link_errors():

@@ -25,6 +25,12 @@ class Fleet:
         self.read_at_s = read_at_s
 
 
+def heard(task: asyncio.Task[Fleet]) -> None:
+    """A failed read whose askers have all gone away is nobody's surprise."""
+    if not task.cancelled():
+        task.exception()
+
+
 class FleetReader:
     def __init__(self, cells: Sequence[Cell]) -> None:
         self._cells = cells
@@ -36,6 +42,7 @@ class FleetReader:
         """A view of after this call. Raises LinkError, or TimeoutError after READ_WAIT_S."""
         if self._next is None:
             self._next = asyncio.create_task(self._after(self._running), name="read fleet")
+            self._next.add_done_callback(heard)
         return await asyncio.shield(self._next)
 
     async def recent(self, age_max_s: float) -> Fleet:

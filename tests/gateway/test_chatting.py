@@ -251,7 +251,7 @@ async def test_a_deadline_is_504_and_must_not_be_repeated(fleet: Pair) -> None:
     assert headers["x-should-retry"] == "false"
 
 
-# --- clients that go away, and those who come twice --------------------------------------------------------------------
+# --- clients that go away, and those who come twice ---------------------------------------------------------------
 
 
 async def test_a_stream_whose_client_is_gone_is_cancelled(fleet: Pair) -> None:
@@ -355,7 +355,7 @@ async def test_many_clients_wait_at_once_and_each_gets_its_own_answer(fleet: Pai
     assert all(await asyncio.gather(*(one(number) for number in range(100))))
 
 
-# --- the openai package ------------------------------------------------------------------------------------------------
+# --- the openai package -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -409,11 +409,13 @@ async def test_the_openai_package_raises_its_own_errors(sdk: openai.AsyncOpenAI)
     with pytest.raises(openai.AuthenticationError):
         await sdk.with_options(api_key="mr_wrong").models.list()
 
+
+async def test_the_openai_package_raises_what_fails_in_mid_stream(sdk: openai.AsyncOpenAI) -> None:
+    stream = await sdk.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "[[delay_ms=400 fail_at=2 fault=client tokens=5]] a b"}],
+        stream=True,
+    )
+
     with pytest.raises(openai.APIError):
-        stream = await sdk.chat.completions.create(
-            model=MODEL,
-            messages=[{"role": "user", "content": "[[delay_ms=400 fail_at=2 fault=client tokens=5]] a b"}],
-            stream=True,
-        )
-        async for _ in stream:
-            pass
+        [chunk async for chunk in stream]
