@@ -81,7 +81,7 @@ def connection_options(address: ServerAddress, *, name: str | None, timeout_s: f
         "username": address.username,
         "password": address.password,
         "db": address.db,
-        "client_name": name or None,
+        "client_name": to_client_name(name) if name else None,
         "driver_info": None,  # no CLIENT SETINFO: one thing less that an ACL user needs
         "protocol": 2,
         "retry": Retry(NoBackoff(), 0),
@@ -89,6 +89,11 @@ def connection_options(address: ServerAddress, *, name: str | None, timeout_s: f
         "socket_connect_timeout": timeout_s,
         "health_check_interval": 0,
     }
+
+
+def to_client_name(name: str) -> str:
+    """As CLIENT SETNAME takes it: printable ASCII without spaces."""
+    return "".join(letter if "!" <= letter <= "~" else "-" for letter in name)
 
 
 def tls_options(address: ServerAddress) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 from bus.link import Endpoint, ServerAddress, to_batch, to_entry
 from bus.link.backoff import backoff_s
 from bus.link.check import find_problem, parse_version
-from bus.link.dial import owner_of, parse_info
+from bus.link.dial import owner_of, parse_info, to_client_name
 from bus.link.errors import to_server_error
 from bus.link.refusal import Asking, Elsewhere, Later, Refusal, Unknown, parse_refusal
 
@@ -105,3 +105,7 @@ def test_an_unfit_server_is_told_with_what_to_do(fields: dict[str, str], url: st
     problem = find_problem(fields, ServerAddress.parse(url))
 
     assert (problem is None) if advice is None else (advice in str(problem))
+
+
+def test_a_connections_name_is_made_fit_for_the_server() -> None:
+    assert to_client_name("gateway 1:räder\n") == "gateway-1:r-der-"
