@@ -15,7 +15,6 @@ share of one call. At most UNANSWERED_MAX calls are out; beyond that pieces coal
 
 import sys
 from array import array
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
@@ -29,6 +28,7 @@ JOBS_PER_CALL = 64  # keeps one script call around a millisecond
 SLICE_BYTES_MAX = 256 * 1024
 KEPT_MAX = 20_000  # finishes remembered for a server that lost its last second
 KEPT_BYTES_MAX = 64 * 1024 * 1024
+HELD_BYTES = 1024  # of a job's own fields, roughly
 PAUSE_S = 0.2  # after a refusal by the link or the server
 
 
@@ -151,7 +151,7 @@ class Publisher:
         self._unanswered_max = unanswered_max
         self._held: dict[SequenceId, Held] = {}
         self._dirty: dict[SequenceId, Held] = {}
-        self._kept: deque[tuple[float, Held]] = deque()
+        self._kept: dict[SequenceId, tuple[float, Held]] = {}  # oldest first, with the time to forget it
         self._kept_bytes = 0
         self._urgent = False
         self._next_s = 0.0  # no flush before this, unless urgent
@@ -306,33 +306,28 @@ class Publisher:
 
     def repeat_kept(self) -> int:
         """Send all kept finishes again: the server is another one, or lost its last second."""
-        repeated = 0
-        for _, held in self._kept:
-            if held.bytes_kept:
-                self._rewind(held, held.stored_text, held.stored_tokens, self._issued)
-                repeated += 1
-        return repeated
+        for _, held in self._kept.values():
+            self._rewind(held, held.stored_text, held.stored_tokens, self._issued)
+        return len(self._kept)
 
     def repeat_finish(self, sequence: SequenceId) -> bool:
         """Send one kept finish again, when told that its job still runs. False: it is not kept."""
-        for _, held in self._kept:
-            if held.sequence == sequence and held.bytes_kept:
-                self._rewind(held, held.stored_text, held.stored_tokens, self._issued)
-                return True
-        return False
+        kept = self._kept.get(sequence)
+        if kept is None:
+            return False
+        self._rewind(kept[1], kept[1].stored_text, kept[1].stored_tokens, self._issued)
+        return True
 
     def expire(self, now_s: float) -> None:
-        """Forget finishes that are old enough, or more than may be kept."""
-        while self._kept and (
-            self._kept[0][0] <= now_s or len(self._kept) > KEPT_MAX or self._kept_bytes > KEPT_BYTES_MAX
-        ):
-            _, held = self._kept.popleft()
-            if held.sequence not in self._dirty:
-                self._kept_bytes -= held.bytes_kept
-                held.bytes_kept = 0
-            elif held.bytes_kept:
-                self._kept.append((now_s + self._keep_s, held))  # being repeated: its answer decides
-                break
+        """Forget finishes that are old enough."""
+        while self._kept:
+            sequence, (until_s, held) = next(iter(self._kept.items()))
+            if until_s > now_s:
+                return
+            if sequence in self._dirty:  # being repeated: its answer decides
+                self._keep(held, now_s)
+            else:
+                self._forget(held)
 
     def _rewind(self, held: Held, text_len: int, token_len: int, number: int) -> None:
         if number <= held.rewound_at and not held.bytes_kept:
@@ -343,15 +338,26 @@ class Publisher:
 
     def _finished(self, held: Held, now_s: float) -> None:
         self._held.pop(held.sequence, None)
-        if not held.bytes_kept:
-            held.bytes_kept = len(held.text) + 4 * len(held.tokens) + 512
-            self._kept_bytes += held.bytes_kept
-            self._kept.append((now_s + self._keep_s, held))
+        if held.sequence not in self._kept:
+            self._keep(held, now_s)
+        while len(self._kept) > KEPT_MAX or self._kept_bytes > KEPT_BYTES_MAX:
+            self._forget(next(iter(self._kept.values()))[1])
+
+    def _keep(self, held: Held, now_s: float) -> None:
+        """As the youngest."""
+        self._forget_kept(held)
+        held.bytes_kept = len(held.text) + 4 * len(held.tokens) + HELD_BYTES
+        self._kept_bytes += held.bytes_kept
+        self._kept[held.sequence] = (now_s + self._keep_s, held)
+
+    def _forget_kept(self, held: Held) -> None:
+        if self._kept.pop(held.sequence, None) is not None:
+            self._kept_bytes -= held.bytes_kept
+            held.bytes_kept = 0
 
     def _forget(self, held: Held) -> None:
         self.drop(held.sequence)
-        self._kept_bytes -= held.bytes_kept
-        held.bytes_kept = 0
+        self._forget_kept(held)
 
 
 def next_slice(held: Held) -> Slice:

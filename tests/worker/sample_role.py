@@ -29,7 +29,7 @@ async def run(settings: Settings, parent: ParentLine) -> None:
     if order == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if order == "deaf":
-        parent.stop = asyncio.Event()  # ignores a stop
+        await asyncio.Event().wait()
     await parent.stop.wait()
     (folder / "stopped").touch()
     parent.left(0, NodeId(settings.node_id), Holder(f"{settings.node_id}.{os.getpid()}"))
