@@ -44,23 +44,13 @@ class FrontDoor:
         await self.group.clean()
 
     async def _handle(self, entries: Sequence[Entry]) -> None:
-        over = await self._over_bound() if len(entries) == BATCH else 0
         await self.group.done([entry_id for entry_id, fields in entries if not fields])  # deleted meanwhile
-        calls = [
-            self._end(entry_id, fields, place < over) for place, (entry_id, fields) in enumerate(entries) if fields
-        ]
-        await asyncio.gather(*calls)
+        await asyncio.gather(*(self._end(entry_id, fields) for entry_id, fields in entries if fields))
 
-    async def _over_bound(self) -> int:
-        """By how many entries the stream is beyond its bound: so many are answered `full`, the oldest first."""
-        return int(await self._cell.link.send("XLEN", self._stream)) - self._settings.front_door_max
-
-    async def _end(self, entry_id: str, fields: Fields, full: bool) -> None:
+    async def _end(self, entry_id: str, fields: Fields) -> None:
         asked = read_entry(
             entry_id, fields, cell=self._cell.cell, cells=self._settings.cells, default_model=self._settings.model
         )
-        if full and isinstance(asked, DoorJob):
-            asked = DoorRefusal(asked.job_id, "full", "too many jobs wait to be admitted: try again later", asked.out)
         if isinstance(asked, DoorRefusal):
             await self._cell.reject(entry_id, asked.code, asked.message, asked.out, asked.job_id, fields)
             log.info(

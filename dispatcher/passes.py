@@ -189,13 +189,14 @@ def to_nodes(view: CellView) -> dict[ModelName, list[Node]]:
     nodes: dict[ModelName, list[Node]] = {}
     for one in view.nodes.values():
         if one.alive and one.leased and one.state == "up" and one.whole:
-            node = to_node(one)
+            node = to_node(one, view.now_ms)
             for model in one.models:
                 nodes.setdefault(ModelName(model), []).append(node)
     return nodes
 
 
-def to_node(view: NodeView) -> Node:
+def to_node(view: NodeView, now_ms: int) -> Node:
+    """A mark for a lone job that has lapsed may be stale: the node is offered, and `assign` knows."""
     return Node(
         NodeId(view.node),
         view.capacity,
@@ -208,7 +209,7 @@ def to_node(view: NodeView) -> Node:
         view.breaker_n > 0,
         view.breaker_until_ms,
         view.breaker_probe != "",
-        view.alone,
+        view.alone if view.alone_until_ms > now_ms else "",
         view.resume,
     )
 
