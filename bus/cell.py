@@ -4,11 +4,16 @@ Theory of operation. The job hash is the truth; streams carry work and news. Eac
 safe to repeat: a caller whose reply was lost calls again. Methods raise LinkDown or ServerError of `bus.link`.
 Where a script may only write keys that the caller declares, the route of the job names them; a script that finds
 another route answers `Moved` and has written nothing.
+
+    cell_jobs    submit look assign, the front door        cell_nodes   own renew leases beats registrations
+    cell_work    flush finish requeue                      cell_sweep   what time does
+    cell_follow  cancel attach, reading what is stored
 """
 
 from bus.cell_jobs import JobCalls
-from bus.cell_nodes import NodeCalls, SweepCalls
+from bus.cell_sweep import SweepCalls
+from bus.cell_work import WorkCalls
 
 
-class Cell(JobCalls, NodeCalls, SweepCalls):
+class Cell(JobCalls, WorkCalls, SweepCalls):
     """Cell(link, cell, settings): all calls of one cell over one link. Holds no state of its own."""

@@ -1,13 +1,28 @@
-"""What all calls of a cell share: its link, its keys, its settings."""
+"""What all calls of a cell share: its link, its keys, its settings, and how answers of scripts are read."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from bus.ids import NodeId
-from bus.keys import CellKeys
+import msgspec
+
+from bus.ids import Fence, Holder, JobId, NodeId
+from bus.keys import CellKeys, QueueName
 from bus.link import Link
 from bus.scripts import load_script
 from bus.settings import Settings
+from bus.wire import Ended, NotYours, Requeued, Route, Superseded, parse_route
+
+TEXT_IN_END_MAX = 256 * 1024  # bytes; a longer answer is read from its own key
+CHANGE_TRIES_MAX = 8  # each retry means that somebody else changed the job in between
+
+
+class JobPlace(msgspec.Struct, frozen=True):
+    """Where a job stands: what a caller must know to declare the keys of a change."""
+
+    fence: Fence
+    route: Route
+    node: str
+    queue: str
 
 
 class CellBase:
@@ -20,7 +35,95 @@ class CellBase:
     async def _call(self, name: str, keys: Sequence[str], args: Sequence[str | bytes | int]) -> Any:
         return await self.link.script(load_script(name), keys, args)
 
-    def _node_keys(self, node: NodeId) -> list[str]:
-        """In the order in which scripts take a node's keys."""
+    async def _place(self, job_id: JobId) -> JobPlace | None:
+        names = ("attempt", "nonce", "route", "node", "queue")
+        values = await self.link.send("HMGET", self.keys.job(job_id), *names)
+        if values[0] is None:
+            return None
+        attempt, nonce, route, node, queue = ((value or b"").decode() for value in values)
+        return JobPlace(Fence(f"{attempt}.{nonce}"), parse_route(route), node, queue)
+
+    def _route_keys(self, job_id: JobId, route: Route) -> tuple[str, str, str, str]:
+        """out, gateway's set, usage, quota; the job's own key stands for one that it has not."""
         keys = self.keys
-        return [keys.node(node), keys.node_running(node), keys.node_load(node), keys.node_jobs(node)]
+        own = keys.job(job_id)
+        return (
+            keys.out(route.out),
+            keys.gateway_jobs(route.gateway) if route.gateway else own,
+            keys.usage(route.address) if route.address else own,
+            keys.quota(route.key_id) if route.key_id else own,
+        )
+
+    def _change_keys(self, job_id: JobId, place: JobPlace) -> list[str]:
+        """KEYS 1..21 of `_change.lua`."""
+        keys = self.keys
+        own = keys.job(job_id)
+        out, gateway_jobs, usage, quota = self._route_keys(job_id, place.route)
+        queue = QueueName(place.queue)
+        again = QueueName(f"{place.queue.rpartition(':')[0]}:0")
+        node = NodeId(place.node)
+        if place.node:
+            of_node = [keys.node(node), keys.node_running(node), keys.node_load(node), keys.node_jobs(node)]
+            of_node.append(keys.node_control(node))
+        else:
+            of_node = [own] * 5
+        return [
+            *(own, out, gateway_jobs, usage, quota, keys.payload(job_id)),
+            *(keys.text(job_id, place.fence), keys.tokens(job_id, place.fence), keys.deadlines, keys.late),
+            *(keys.queue(queue), keys.queue(again), keys.queues, keys.wake),
+            *of_node,
+            *(keys.dead, keys.events),
+        ]
+
+    async def _change(
+        self, script: str, job_id: JobId, args: Sequence[str | bytes | int], fence: Fence | None = None
+    ) -> list[Any]:
+        """Run one of the scripts on `_change.lua`; reads the place of the job first, and again when it has moved.
+
+        With `fence`, only that attempt is touched: [b"not", state] otherwise. [b"unknown"] if there is no such job.
+        """
+        settings = self.settings
+        for _ in range(CHANGE_TRIES_MAX):
+            place = await self._place(job_id)
+            if place is None:
+                return [b"unknown"]
+            if fence is not None and place.fence != fence:
+                return [b"not", b"fence"]
+            common: list[str | bytes | int] = [
+                *(job_id, place.fence, place.route.encode(), place.node, place.queue, self.keys.prefix),
+                *(settings.out_ttl_ms, settings.result_ttl_ms, TEXT_IN_END_MAX),
+                *(settings.dead_keep_ms, settings.node_keep_ms),
+            ]
+            answer: list[Any] = await self._call(script, self._change_keys(job_id, place), [*common, *args])
+            if answer[0] != b"moved":
+                return answer
+        return [b"not", b"moving"]
+
+    async def _requeue(self, job_id: JobId, fence: Fence, why: str, detail: str) -> Requeued | Ended | NotYours:
+        """`why` may also be expired | down, which the script resolves to crash, unread or relay_lost."""
+        settings = self.settings
+        args: list[str | bytes | int] = [
+            *(why, detail[:500], settings.backoff_ms, settings.node_errors_max, settings.crashes_max),
+            *(settings.breaker_ms, settings.breaker_max_ms),
+        ]
+        answer = await self._change("requeue", job_id, args, fence)
+        match answer[0]:
+            case b"requeued":
+                return Requeued(job_id, answer[1].decode(), int(answer[2]), alone=answer[3] == b"1")
+            case b"ended" if len(answer) == 2:
+                return Ended(job_id, answer[1].decode())
+            case b"not" | b"ended":
+                return NotYours(job_id, answer[1].decode())
+            case _:
+                return NotYours(job_id, "unknown")
+
+
+def epoch_of(holder: Holder) -> int:
+    """The epoch in "<worker>.<epoch>"; 0 if it names none."""
+    tail = holder.rpartition(".")[2]
+    return int(tail) if tail.isascii() and tail.isdigit() else 0
+
+
+def raise_if_superseded(node: NodeId, holder: Holder, answer: list[Any]) -> None:
+    if answer and answer[0] == b"superseded":
+        raise Superseded(node, holder, answer[1].decode())

@@ -1,32 +1,38 @@
-"""Calls on jobs: submit, look, assign, and what gateways ask. One method a script; see docs/protocol.md."""
+"""Calls on jobs until a node has them: submit, look, assign, the front door. One script a method."""
 
+import secrets
 from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import orjson
 
 from bus.cell_base import CellBase
-from bus.entries import Fields
-from bus.ids import Fence, GatewayId, Holder, JobId, NodeId
-from bus.keys import QueueName
+from bus.cell_view import to_node_view
+from bus.entries import Fields, parse_queued
+from bus.events import ForeignEntry
+from bus.ids import Fence, JobId
+from bus.jobs import encode_job
+from bus.keys import QueueName, queue_model, queue_name
+from bus.link import ServerError
 from bus.wire import (
+    NO_FENCE,
     Accepted,
     Assigned,
-    Attached,
-    CancelResult,
     CellView,
-    Ended,
-    FinishPiece,
-    FinishReply,
-    FlushPiece,
-    FlushReply,
-    JobRecord,
     NotAssigned,
-    NotYours,
     Pick,
+    QueuedJob,
+    QueueView,
     Refused,
-    Requeued,
-    RequeueWhy,
     Submission,
-    Unknown,
+    attempt_of,
+    make_fence,
+    parse_route,
 )
+
+PICKS_MAX = 64
+OOM_RETRY_MS = 5_000
 
 
 class JobCalls(CellBase):
@@ -37,90 +43,222 @@ class JobCalls(CellBase):
         instead (its id is in the answer), and another body is refused as `idem_conflict`. A refused submit deletes
         its record. OOM of the server is `Refused("memory_full")`. Raises LinkDown, ServerError; safe to repeat.
         """
-        raise NotImplementedError
+        try:
+            record = b""
+            if submission.idem_key:
+                record = await self._fix_id(submission)
+                owner_id, _, digest = record.decode().partition(" ")
+                if digest != submission.body_digest:
+                    return Refused("idem_conflict", "this idempotency key was used with another request")
+                if owner_id != submission.job_id:
+                    submission = _with_id(submission, JobId(owner_id))
+            keys, args = self._submission(submission, record)
+            return self._to_accepted(submission, await self._call("submit", keys, args))
+        except ServerError as error:
+            if error.code == "OOM":
+                return Refused("memory_full", "the server's memory is full", OOM_RETRY_MS)
+            raise
 
     async def admit(self, entry_id: str, submission: Submission) -> Accepted | Refused | None:
         """Submit for a plain producer: acks and deletes the entry of `jobs` in the same script.
 
         A refusal or a duplicate is answered on the reply stream. None: the entry was gone, nothing was done.
         """
-        raise NotImplementedError
+        keys, args = self._submission(submission, b"")
+        settings = self.settings
+        answer = await self._call(
+            "admit",
+            [*keys, self.keys.jobs, self.keys.dead],
+            [*args, entry_id, settings.out_ttl_ms, settings.dead_keep_ms, settings.front_door_max],
+        )
+        return None if answer[0] == b"gone" else self._to_accepted(submission, answer)
 
     async def reject(self, entry_id: str, code: str, message: str, out: str, job_id: JobId, fields: Fields) -> bool:
         """The other end of an entry of `jobs`: dead letter, `type=end` with the error on `out` (if any), ack, delete.
 
         False: the entry was gone, nothing was done."""
-        raise NotImplementedError
+        keys, settings = self.keys, self.settings
+        answer = await self._call(
+            "reject",
+            [keys.jobs, keys.dead, keys.out(out) if out else keys.dead, keys.events],
+            [
+                *(entry_id, job_id, code, message[:500], to_evidence(fields), settings.out_ttl_ms),
+                *(settings.dead_keep_ms, "1" if out else ""),
+            ],
+        )
+        return bool(answer)
 
     async def look(self, queues: Sequence[QueueName] = (), heads: int = 64) -> CellView:
         """The first `heads` entries of each queue and every known node of their models; no queue named = all.
 
         Entries that are not ours are dead-lettered and deleted on the way. Reads only, otherwise.
         """
-        raise NotImplementedError
+        keys, send = self.keys, self.link.send
+        if not queues:
+            queues = [QueueName(name.decode()) for name in sorted(await send("SMEMBERS", keys.queues))]
+        reads = [(send("XRANGE", keys.queue(q), "-", "+", "COUNT", heads), send("XLEN", keys.queue(q))) for q in queues]
+        models = list(dict.fromkeys(queue_model(queue) for queue in queues))
+        answer = self._call("look", [keys.late], [keys.prefix, *models])
+        now_ms, due_ms, *raw_nodes = await answer
+        views: list[QueueView] = []
+        for queue, (entries, length) in zip(queues, reads, strict=True):
+            views.append(QueueView(queue, await length, tuple(await self._heads(queue, await entries))))
+        nodes = {view.node: view for view in map(to_node_view, raw_nodes)}
+        openings = [view.breaker_until_ms for view in nodes.values() if view.breaker_until_ms > now_ms]
+        dues = [*openings, *([due_ms] if due_ms else [])]
+        return CellView(now_ms, tuple(views), nodes, due_ms=min(dues, default=0))
 
     async def assign(self, queue: QueueName, picks: Sequence[Pick]) -> list[Assigned | NotAssigned]:
         """Verify and reserve, up to 64 picks of one queue, answers in their order (longer lists are cut in calls).
 
         The first named node that is alive, leased, not draining, not avoided (unless all live nodes of the model
-        are), serves the model, is not kept for another job, has a closed breaker (or a free probe) and has room gets the job.
+        are), serves the model, is not kept for another job, has a closed breaker (or a free probe) and has room
+        gets the job.
         """
-        raise NotImplementedError
-
-    async def flush(self, holder: Holder, node: NodeId, pieces: Sequence[FlushPiece]) -> list[FlushReply]:
-        """Store and send what all sequences of one node produced; answers in their order.
-
-        Raises Superseded if another holder owns the node (nothing was written).
-        """
-        raise NotImplementedError
-
-    async def finish(self, holder: Holder, node: NodeId, pieces: Sequence[FinishPiece]) -> list[FinishReply]:
-        """End attempts, each with the one terminal; frees the slots, acks and deletes the node entries.
-
-        `Gap`: text is missing before this piece's offset; send it all from text_len on. Raises Superseded.
-        A node's error is not for `finish` but for `requeue(..., "node_error")`.
-        """
-        raise NotImplementedError
-
-    async def requeue(
-        self, job_id: JobId, fence: Fence, why: RequeueWhy, detail: str = ""
-    ) -> Requeued | Ended | NotYours:
-        """Hand a running attempt back by the rules of design 3.3 (counts, alone, avoid list, back-off, dead letter).
-
-        A cancelled or late job ends instead. `detail` goes to the log, the events and the final error message.
-        """
-        raise NotImplementedError
-
-    async def cancel(self, job_id: JobId, by: str, only_gateway: GatewayId | None = None) -> CancelResult:
-        """queued -> cancelled at once; running -> the worker is told. With `only_gateway` (client gone): WrongGateway
-        if another gateway has the job now. NotYours(state="unknown") if there is no such job."""
-        raise NotImplementedError
-
-    async def attach(self, job_id: JobId, gateway: GatewayId, out: str) -> Attached | JobRecord | Unknown:
-        """Take the stream over: further entries go to `out`, the old out-stream gets `detached`.
-
-        A job that has ended answers its record; its text is read with `text(job_id, record.fence, ...)`.
-        """
-        raise NotImplementedError
-
-    async def job(self, job_id: JobId) -> JobRecord | None: ...
-
-    async def text(self, job_id: JobId, fence: Fence, start: int = 0, end: int | None = None) -> bytes:
-        """Stored answer bytes start..end (exclusive); shorter or empty if not there."""
-        raise NotImplementedError
-
-    async def tokens(self, job_id: JobId, fence: Fence) -> tuple[int, ...]:
-        """Stored token ids of the attempt; empty once the job has ended."""
-        raise NotImplementedError
-
-    async def payload(self, job_id: JobId) -> bytes | None:
-        """msgpack of the ChatJob (bus.jobs.decode_job); None once the job has ended or is gone."""
-        raise NotImplementedError
+        replies: list[Assigned | NotAssigned] = []
+        for start in range(0, len(picks), PICKS_MAX):
+            replies += await self._assign(queue, picks[start : start + PICKS_MAX])
+        return replies
 
     async def rate(self, address: str, per_minute: int) -> int:
         """Take one request of the address' allowance: 0 = allowed, else ms to wait. per_minute 0 = no limit."""
-        raise NotImplementedError
+        return int(await self._call("rate", [self.keys.rate(address)], [per_minute])) if per_minute > 0 else 0
 
     async def dead_letter(self, source: str, entry_id: str, reason: str, fields: Fields, *, group: str = "") -> None:
-        """Put a foreign entry away: one entry in `dead`; acked (if a group is named) and deleted at `source` (a key)."""
-        raise NotImplementedError
+        """Put a foreign entry away: one entry in `dead`; acked (if a group is named) and deleted at `source`, a key."""
+        await self._call(
+            "bury",
+            [self.keys.dead, source],
+            [
+                *(entry_id, reason[:500], to_evidence(fields), group, self.settings.dead_keep_ms),
+                source.removeprefix(self.keys.prefix),
+            ],
+        )
+
+    async def _fix_id(self, submission: Submission) -> bytes:
+        record = f"{submission.job_id} {submission.body_digest}"
+        ttl_ms = submission.deadline_in_ms + self.settings.idem_extra_ms
+        key = self.keys.idem(submission.tenant, submission.idem_key)
+        answer: bytes = await self._call("idem", [key], [record, ttl_ms])
+        return answer
+
+    def _submission(self, submission: Submission, record: bytes) -> tuple[list[str], list[str | bytes | int]]:
+        """KEYS 1..13 and ARGV 1..22 of `_create.lua`."""
+        s, keys, settings = submission, self.keys, self.settings
+        queue = queue_name(s.job.model, s.priority)
+        own = keys.job(s.job_id)
+        out, gateway_jobs, _, quota = self._route_keys(s.job_id, s.route)
+        seed = s.seed if s.seed is not None else s.job.sampling.seed
+        names = [
+            *(own, keys.queue(queue), keys.wake, keys.deadlines, keys.queues, keys.model(s.job.model)),
+            *(keys.events, keys.payload(s.job_id), out, gateway_jobs, quota),
+            keys.idem(s.tenant, s.idem_key) if s.idem_key else own,
+            keys.text(s.job_id, make_fence(s.attempt_floor, "r")),
+        ]
+        args: list[str | bytes | int] = [
+            *(s.job_id, queue, s.job.model, s.route.encode(), s.policy, "1" if s.job.stream else ""),
+            *(secrets.randbits(31) if seed is None else seed, s.est_prompt, s.est_new, encode_job(s.job), keys.prefix),
+            *(s.deadline_in_ms, s.deadline_at_ms, settings.queue_max, settings.node_ttl_ms, settings.job_keep_ms),
+            *(s.quota_max, record, "1" if s.redrive else "", s.attempt_floor if s.redrive else 0),
+            *(s.shown_text if s.redrive else b"", s.gateway),
+        ]
+        return names, args
+
+    def _to_accepted(self, submission: Submission, answer: list[Any]) -> Accepted | Refused:
+        match answer[0]:
+            case b"new":
+                fence = Fence(answer[2].decode())
+                return Accepted(submission.job_id, "queued", False, int(answer[3]), fence, submission.gateway)
+            case b"existing":
+                gateway = parse_route(answer[4].decode()).gateway
+                fence = Fence(answer[2].decode())
+                return Accepted(submission.job_id, answer[1].decode(), True, int(answer[3]), fence, gateway)
+            case _:
+                code = answer[1].decode()
+                reason = _reason(code, submission, answer[3].decode(), int(answer[4]))
+                return Refused(code, reason, int(answer[2]))
+
+    async def _heads(self, queue: QueueName, entries: list[Any]) -> list[QueuedJob]:
+        heads = []
+        for raw_id, pairs in entries:
+            fields = {pairs[at].decode("utf-8", "replace"): pairs[at + 1] for at in range(0, len(pairs), 2)}
+            try:
+                heads.append(parse_queued(raw_id.decode(), fields))
+            except ForeignEntry as reason:
+                await self.dead_letter(self.keys.queue(queue), raw_id.decode(), str(reason), fields)
+        return heads
+
+    async def _assign(self, queue: QueueName, picks: Sequence[Pick]) -> list[Assigned | NotAssigned]:
+        replies = await self._assign_once(queue, picks)
+        # An attach since the entry was written: the answer names the out-stream to declare.
+        moved = {i: reply for i, reply in enumerate(replies) if isinstance(reply, str)}
+        if moved:
+            again = [_with_out(picks[i], out) for i, out in moved.items()]
+            for i, reply in zip(moved, await self._assign_once(queue, again), strict=True):
+                replies[i] = reply
+        return [NotAssigned(picks[i].job_id, "changed") if isinstance(r, str) else r for i, r in enumerate(replies)]
+
+    async def _assign_once(self, queue: QueueName, picks: Sequence[Pick]) -> list[Assigned | NotAssigned | str]:
+        cell_keys, settings = self.keys, self.settings
+        nodes = list(dict.fromkeys(node for pick in picks for node in pick.nodes))
+        index = {node: at + 1 for at, node in enumerate(nodes)}
+        keys = [cell_keys.leases, cell_keys.queue(queue)]
+        for node in nodes:
+            keys += (cell_keys.node(node), cell_keys.node_running(node), cell_keys.node_load(node))
+            keys.append(cell_keys.node_jobs(node))
+        args: list[str | bytes | int] = [
+            *(cell_keys.prefix, queue_model(queue), settings.unread_ms, settings.alone_ms, settings.out_ttl_ms),
+            *(settings.node_keep_ms, len(nodes)),
+        ]
+        args += [*nodes, len(picks)]
+        for pick in picks:
+            keys += (cell_keys.job(pick.job_id), cell_keys.out(pick.out))
+            if pick.fence != NO_FENCE:
+                fence = make_fence(attempt_of(pick.fence) + 1, pick.nonce)
+                keys += (cell_keys.text(pick.job_id, pick.fence), cell_keys.tokens(pick.job_id, pick.fence))
+                keys += (cell_keys.text(pick.job_id, fence), cell_keys.tokens(pick.job_id, fence))
+            args += (pick.entry_id, pick.job_id, pick.fence, pick.nonce, pick.out, pick.score, len(pick.nodes))
+            args += [index[node] for node in pick.nodes]
+        answers = await self._call("assign", keys, args)
+        return [_to_assigned(pick, answer) for pick, answer in zip(picks, answers, strict=True)]
+
+
+def _to_assigned(pick: Pick, answer: list[Any]) -> Assigned | NotAssigned | str:
+    """A text is the out-stream that the job has moved to."""
+    word = answer[0].decode()
+    if word == "assigned":
+        return Assigned(pick.job_id, Fence(answer[1].decode()), answer[2].decode())
+    return answer[1].decode() if word == "out" else NotAssigned(pick.job_id, word)
+
+
+def _with_id(submission: Submission, job_id: JobId) -> Submission:
+    return msgspec.structs.replace(submission, job_id=job_id)
+
+
+def _with_out(pick: Pick, out: str) -> Pick:
+    return msgspec.structs.replace(pick, out=out)
+
+
+def _reason(code: str, submission: Submission, detail: str, figure: int) -> str:
+    model = submission.job.model
+    match code:
+        case "queue_full" | "full":
+            return f"{figure} jobs are waiting for {model}"
+        case "quota_full":
+            return f"{figure} jobs of this key are in flight, the limit is {submission.quota_max}"
+        case "no_model":
+            return f"no node serves the model {model}"
+        case "no_node":
+            return f"{figure} node(s) served the model {model}, but none is alive"
+        case "uncovered":
+            return f"no node serves the whole model {model}, and of its {figure} layers these are uncovered: {detail}"
+        case "bad_reply":
+            return f"the key of the reply stream holds a {detail}"
+        case _:
+            return code
+
+
+def to_evidence(fields: Fields) -> bytes:
+    """A foreign entry's fields as JSON of at most some KiB, whatever bytes they hold."""
+    readable = {name[:64]: value[:512].decode("utf-8", "backslashreplace") for name, value in list(fields.items())[:16]}
+    return orjson.dumps({name.encode("utf-8", "backslashreplace").decode(): value for name, value in readable.items()})

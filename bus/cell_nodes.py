@@ -1,91 +1,190 @@
-"""Calls on nodes and leases. One method a script; see docs/protocol.md."""
+"""Calls on nodes and leases. One script a method; see docs/protocol.md."""
 
+import asyncio
 from collections.abc import Sequence
 
-from bus.cell_base import CellBase
-from bus.events import NodeEvent
+from bus.cell_base import CellBase, epoch_of, raise_if_superseded
+from bus.cell_view import to_node_view
+from bus.events import NodeEvent, event_fields
 from bus.ids import Fence, Holder, JobId, NodeId
-from bus.wire import Applied, Ended, HeldBy, LockBusy, LockTaken, NodeView, Owned, Renewed, Requeued, SweepReport
+from bus.keys import REGISTRY_GROUP
+from bus.node_events import apply_args, apply_script, model_keys
+from bus.wire import Applied, Ended, HeldBy, LockBusy, LockTaken, NodeView, Owned, Renewed, Requeued
 
 
 class NodeCalls(CellBase):
     async def own(self, node: NodeId, worker: str) -> Owned | HeldBy:
         """A worker at boot: new epoch, holder "<worker>.<epoch>" with a lease, owner of the node.
 
-        HeldBy while another holder's lease lives. Resets the node's circuit breaker: a new process, a new chance.
+        HeldBy while another holder's lease lives, or while the id belongs to a registration over HTTP. Resets the
+        node's circuit breaker: a new process, a new chance. Not alive before its first beat.
         """
-        raise NotImplementedError
+        keys, settings = self.keys, self.settings
+        answer = await self._call(
+            "own",
+            [keys.node(node), keys.leases, keys.node_running(node), keys.node_alive(node), keys.events],
+            [node, worker, settings.lease_ms, settings.node_keep_ms],
+        )
+        return _to_owned(node, answer)
 
     async def adopt(self, node: NodeId, holder: Holder) -> Owned | HeldBy:
-        """A relay: owner of the node under its own lease, which must live; the node's epoch stays that of its registration.
-        A holder that owns it already gets Owned again."""
-        raise NotImplementedError
+        """A relay: owner of an HTTP node under its own lease, which must live; the epoch stays the registration's.
+
+        A holder that owns it already gets Owned again. HeldBy with an empty holder: no such node, or no lease.
+        """
+        keys = self.keys
+        answer = await self._call(
+            "adopt", [keys.node(node), keys.leases, keys.node_running(node), keys.events], [node, holder]
+        )
+        return _to_owned(node, answer)
 
     async def renew(self, node: NodeId, holder: Holder, jobs: Sequence[tuple[JobId, Fence]]) -> Renewed:
         """Extend the holder's lease and the listed reservations, and mark these jobs started.
 
         Raises Superseded if another holder owns the node. Succeeds after the lease lapsed, as long as nobody took over.
         """
-        raise NotImplementedError
+        keys, settings = self.keys, self.settings
+        answer = await self._call(
+            "renew",
+            [keys.leases, keys.node(node), keys.node_running(node), *(keys.job(job_id) for job_id, _ in jobs)],
+            [
+                *(holder, epoch_of(holder), settings.lease_ms, settings.node_keep_ms),
+                *(word for pair in jobs for word in pair),
+            ],
+        )
+        raise_if_superseded(node, holder, answer)
+        stop = [word.decode() for word in answer[2]]
+        return Renewed(
+            expires_ms=int(answer[1]),
+            stop=dict(zip(stop[::2], stop[1::2], strict=True)),
+            cancel=tuple(member.decode() for member in answer[3]),
+            others=tuple(member.decode() for member in answer[4]),
+        )
 
     async def lease(self, holder: str) -> int:
         """Write the holder's lease (gateways, dispatchers, relays); answers its expiry (server ms)."""
-        raise NotImplementedError
+        return int(await self._call("lease", [self.keys.leases], [holder, self.settings.lease_ms]))
 
     async def drop_lease(self, holder: str) -> None:
         """It is gone: lapse the lease now. The next sweep looks after a gateway's jobs."""
-        raise NotImplementedError
+        await self.link.send("ZADD", self.keys.leases, "XX", 1, holder)
 
     async def down(self, node: NodeId | None, holder: Holder) -> list[Requeued | Ended]:
         """The holder is dead: its lease goes first, then the reservations of its node (None: of all nodes it owns)
         are requeued, each with the fence of the reservation. Nothing if another holder owns the node by now."""
-        raise NotImplementedError
-
-    async def hand_back(self, job_id: JobId, fence: Fence, entry_owner: Holder) -> Requeued | Ended | None:
-        """A worker read an entry addressed to another owner: requeue it as `unread`."""
-        raise NotImplementedError
+        keys = self.keys
+        await self.drop_lease(holder)
+        nodes = [node] if node is not None else [view.node for view in await self.nodes() if view.owner == holder]
+        ended: list[Requeued | Ended] = []
+        for one in nodes:
+            if await self.link.send("HGET", keys.node(one), "owner") != holder.encode():
+                continue
+            members = [raw.decode() for raw in await self.link.send("ZRANGE", keys.node_running(one), 0, -1)]
+            await self.link.send(
+                *("XADD", keys.events, "MAXLEN", "~", 5000, "*", "type", "node_down", "subject", one, "why", "died"),
+                *("detail", holder),
+            )
+            for member in members:
+                job_id, _, fence = member.partition("/")
+                answer = await self._requeue(JobId(job_id), Fence(fence), "down", f"{holder} died")
+                if isinstance(answer, Requeued | Ended):
+                    ended.append(answer)
+        return ended
 
     async def publish_node_event(self, event: NodeEvent) -> str:
         """XADD to `nodes`, which is trimmed by time; answers the entry id."""
-        raise NotImplementedError
+        keep_from = max(0, await self._now() - 4 * self.settings.node_ttl_ms)
+        raw: bytes = await self.link.send("XADD", self.keys.nodes, "MINID", "~", keep_from, "*", *event_fields(event))
+        return raw.decode()
 
     async def apply_events(self, events: Sequence[tuple[str, NodeEvent]]) -> list[Applied]:
-        """Apply entries of `nodes` (entry id, event) in order, one round trip; acks and deletes them.
+        """Apply entries of `nodes` (entry id, event) in order, in one pipeline; then acks and deletes them.
 
-        A registration's outcome is answered on its `answer_to` stream (`type=reply id status detail`), detail = JSON {"layers": [...]}.
-        Idempotent; order of arrival does not matter.
+        A registration's outcome is answered on its `answer_to` stream (`type=reply id status detail`),
+        detail = JSON {"layers": [...]}. Idempotent; order of arrival does not matter.
         """
-        raise NotImplementedError
+        if not events:
+            return []
+        known = [self.link.send("HGET", self.keys.node(event.node), "models") for _, event in events]
+        models = [(raw or b"").decode("utf-8", "replace").split() for raw in await asyncio.gather(*known)]
+        calls = []
+        for (entry_id, event), known_models in zip(events, models, strict=True):
+            keys = [*self._event_keys(event.node), *model_keys(self.keys, event, known_models)]
+            calls.append(self._call(apply_script(event), keys, apply_args(entry_id, event, self.settings)))
+        answers = await asyncio.gather(*calls)
+        ids = [entry_id for entry_id, _ in events]
+        acked = self.link.send("XACK", self.keys.nodes, REGISTRY_GROUP, *ids)
+        await self.link.send("XDEL", self.keys.nodes, *ids)
+        await acked
+        return [Applied(answer.decode()) for answer in answers]
 
     async def remove_node(self, node: NodeId) -> Applied:
         """Delete all keys of a node whose last beat is older than node_keep_ms. `held`: it has beaten, or still has
-        reservations (the sweep requeues these first)."""
-        raise NotImplementedError
+        reservations (the sweep requeues these first). Of one that left on purpose the tombstone stays."""
+        keys = self.keys
+        raw = await self.link.send("HGET", keys.node(node), "models")
+        models = (raw or b"").decode("utf-8", "replace").split()
+        answer = await self._call(
+            "remove_node",
+            [
+                *(keys.node(node), keys.node_alive(node), keys.node_running(node), keys.node_load(node)),
+                *(keys.node_jobs(node), keys.node_control(node), keys.node_lock(node), keys.nodes_known, keys.events),
+                *(key for model in models for key in (keys.model(model), keys.model_parts(model))),
+            ],
+            [node, self.settings.node_keep_ms],
+        )
+        return Applied(answer.decode())
 
     async def nodes(self) -> list[NodeView]:
         """All known nodes, alive or not, by id. One script call."""
-        raise NotImplementedError
+        answer = await self._call("nodes", [self.keys.nodes_known], [self.keys.prefix])
+        return sorted((to_node_view(raw) for raw in answer[1:]), key=lambda view: view.node)
 
-    async def node(self, node: NodeId) -> NodeView | None: ...
+    async def node(self, node: NodeId) -> NodeView | None:
+        """One known node; None if it was never heard of, has left or was removed."""
+        answer = await self._call("nodes", [self.keys.nodes_known], [self.keys.prefix, node])
+        return to_node_view(answer[1]) if len(answer) > 1 else None
 
-    async def node_names(self) -> list[NodeId]: ...
+    async def node_names(self) -> list[NodeId]:
+        """Ids of all known nodes, those that leave but still have reservations included."""
+        return sorted(NodeId(raw.decode()) for raw in await self.link.send("ZRANGE", self.keys.nodes_known, 0, -1))
 
     async def lock_node(self, node: NodeId, ttl_ms: int) -> LockTaken | LockBusy:
         """The registration lock; its fencing token is the epoch = max(stored + 1, server ms, last token + 1)."""
-        raise NotImplementedError
+        answer = await self._call("lock", [self.keys.node_lock(node), self.keys.node(node)], [ttl_ms])
+        return LockTaken(node, int(answer[1])) if answer[0] == b"taken" else LockBusy(node, int(answer[1]))
 
     async def unlock_node(self, node: NodeId, epoch: int) -> None:
         """Only the holder of this token unlocks; the token is remembered 10 s so that it is never given out again."""
-        raise NotImplementedError
+        await self._call("unlock", [self.keys.node_lock(node)], [epoch])
 
     async def drain_node(self, node: NodeId, holder: Holder) -> None:
         """State `draining` at once (assign passes it over), without the way through the registry."""
-        raise NotImplementedError
+        await self._call("drain", [self.keys.node(node)], [holder])
+
+    async def _now(self) -> int:
+        seconds, micros = await self.link.send("TIME")
+        return int(seconds) * 1000 + int(micros) // 1000
+
+    def _event_keys(self, node: NodeId) -> list[str]:
+        keys = self.keys
+        return [keys.node(node), keys.node_alive(node), keys.nodes_known, keys.events, keys.wake]
 
 
-class SweepCalls(CellBase):
-    async def sweep(self, holder: str, batch: int = 256) -> SweepReport:
-        """Everything that time does, for one caller at a time: expired reservations (crash | unread | relay_lost),
-        late jobs, deadlines, jobs of lapsed gateways by their policy, dead consumers with nothing pending, nodes past
-        node_keep_ms. Reclaims nothing within the grace of one lease after a new run_id or a mass lapse."""
-        raise NotImplementedError
+def _to_owned(node: NodeId, answer: list[object]) -> Owned | HeldBy:
+    word, *rest = answer
+    if word != b"owned":
+        return HeldBy(node, _text(rest[0]), _number(rest[1]))
+    left = rest[2]
+    assert isinstance(left, list)
+    return Owned(node, _number(rest[0]), Holder(_text(rest[1])), tuple(_text(member) for member in left))
+
+
+def _text(raw: object) -> str:
+    assert isinstance(raw, bytes)
+    return raw.decode()
+
+
+def _number(raw: object) -> int:
+    assert isinstance(raw, int | bytes)
+    return int(raw)

@@ -210,7 +210,7 @@ def parse_queued(entry_id: str, fields: Fields) -> QueuedJob:
             est_new=int(fields["est_new"]),
             deadline_ms=int(fields["deadline"]),
             alone=fields["alone"] == b"1",
-            avoid=tuple(NodeId(node) for node in fields["avoid"].decode().split()),
+            avoid=tuple(NodeId(node) for node in fields["avoided"].decode().split()),
             resume=fields["resume"].decode(),
         )
     )

@@ -121,8 +121,9 @@ class Accepted(msgspec.Struct, frozen=True):
 class Refused(msgspec.Struct, frozen=True):
     """Nothing was written.
 
-    code: queue_full | quota_full | no_model (nobody ever served it) | no_node (known, but no node is alive) | uncovered (only parts of the
-    model are served; the reason names the missing layers) | idem_conflict (same key, another body) | memory_full | bad_reply.
+    code: queue_full | quota_full | no_model (nobody ever served it) | no_node (known, but no node is alive) |
+    uncovered (only parts of the model are served; the reason names the missing layers) | idem_conflict (same key,
+    another body) | memory_full | bad_reply | full (the front door).
     """
 
     code: str
@@ -163,7 +164,7 @@ class NodeView(msgspec.Struct, frozen=True):
     """One node as the server sees it now."""
 
     node: NodeId
-    state: Literal["up", "draining", "bye"]
+    state: Literal["starting", "up", "draining", "bye"]
     alive: bool  # has beaten within its TTL
     leased: bool  # its owner's lease holds; only alive and leased nodes get jobs
     owner: str
@@ -178,8 +179,9 @@ class NodeView(msgspec.Struct, frozen=True):
     failure: float  # EWMA of node failures per ended job, 0..1
     breaker_n: int  # failures in a row; 0 = closed
     breaker_until_ms: int  # no jobs before; after it one probe at a time until one succeeds
-    alone: str  # job that has this node for itself, or waits for it; "" = none
+    alone: str  # job that has, or had, this node for itself or waits for it; `assign` knows whether it still holds
     last_beat_ms: int
+    alone_until_ms: int = 0
     epoch: int = 0
     resume: str = ""
     layers: tuple[int, ...] = ()

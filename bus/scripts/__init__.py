@@ -23,8 +23,12 @@ def _read(name: str) -> str:
 
 
 def _parts(source: str) -> list[str]:
-    lines = [line for line in source.splitlines() if line.startswith(_USE)]
-    return [word for line in lines for word in line[len(_USE) :].split()]
+    """The shared parts a source stands on, those of its parts first, each once."""
+    parts: list[str] = []
+    for line in source.splitlines():
+        for word in line[len(_USE) :].split() if line.startswith(_USE) else ():
+            parts += [part for part in [*_parts(_read(word)), word] if part not in parts]
+    return parts
 
 
 def _strip(source: str) -> str:
@@ -37,9 +41,6 @@ def _strip(source: str) -> str:
 def load_script(name: str) -> Script:
     """The script with its shared parts in front. Raises FileNotFoundError for an unknown name."""
     source = _read(name)
-    parts: list[str] = ["_base"]
-    for part in _parts(source):
-        if part not in parts:
-            parts.append(part)
+    parts = ["_base", *_parts(source)]
     text = "\n".join([_strip(_read(part)) for part in parts] + [_strip(source)])
     return Script(name, text)

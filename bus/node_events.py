@@ -1,0 +1,85 @@
+"""How a node event becomes the call of its apply script: which keys it writes, and the fields of the node's hash."""
+
+from collections.abc import Sequence
+
+import orjson
+
+from bus.events import HttpBeat, NodeBeat, NodeBye, NodeDrain, NodeEvent, NodeRegistered
+from bus.keys import CellKeys
+from bus.settings import Settings
+
+Words = list[str | bytes | int]
+
+_SCRIPTS: dict[type, str] = {
+    NodeBeat: "apply_beat",
+    NodeRegistered: "apply_register",
+    HttpBeat: "apply_http_beat",
+    NodeDrain: "apply_drain",
+    NodeBye: "apply_bye",
+}
+
+
+def apply_script(event: NodeEvent) -> str:
+    return _SCRIPTS[type(event)]
+
+
+def model_keys(keys: CellKeys, event: NodeEvent, known_models: Sequence[str]) -> list[str]:
+    """The keys that follow the five common ones. `known_models` are those in the node's hash."""
+    match event:
+        case NodeBeat():
+            return [keys.model(model) if event.whole else keys.model_parts(model) for model in event.models]
+        case NodeRegistered():
+            answer = keys.out(event.answer_to) if event.answer_to else keys.node(event.node)
+            return [keys.leases, answer, *(keys.model(model) for model in event.models)]
+        case HttpBeat():
+            return [keys.model(model) for model in known_models]
+        case NodeBye():
+            models = [key for model in known_models for key in (keys.model(model), keys.model_parts(model))]
+            return [keys.node_running(event.node), *models]
+        case NodeDrain():
+            return []
+
+
+def apply_args(entry_id: str, event: NodeEvent, settings: Settings) -> Words:
+    ms, _, sequence = entry_id.partition("-")
+    common: Words = [event.node, ms, sequence or "0", settings.node_ttl_ms, settings.node_keep_ms]
+    match event:
+        case NodeBeat():
+            return [*common, event.epoch, event.holder, "1" if event.draining else "", *beat_fields(event)]
+        case NodeRegistered():
+            detail = orjson.dumps({"layers": list(event.layers or ())})
+            answer_id = event.answer_id if event.answer_to else ""
+            head: Words = [event.epoch, event.key_id, answer_id, detail, settings.out_ttl_ms]
+            return [*common, *head, *registered_fields(event)]
+        case HttpBeat():
+            return [*common, event.key_id]
+        case NodeDrain():
+            return [*common, event.epoch]
+        case NodeBye():
+            return [*common, event.epoch, event.key_id]
+
+
+def beat_fields(event: NodeBeat) -> Words:
+    """Fields and values of the node's hash, in pairs."""
+    return [
+        *("kind", event.kind, "models", " ".join(event.models), "capacity", event.capacity),
+        *("whole", "1" if event.whole else "0", "layers", _join(event.layers), "layer_count", event.layer_count),
+        *("context_length", event.context_length, "resume", event.resume),
+        *("prefill_rate", f"{event.prefill_rate:.3f}", "decode_rate", f"{event.decode_rate:.3f}"),
+        *("reported_running", event.running, "waiting", event.waiting),
+        *("free_blocks", event.free_blocks, "total_blocks", event.total_blocks),
+        *("gpu_memory_gb", f"{event.gpu_memory_gb:g}", "version", event.version, "api_url", ""),
+    ]
+
+
+def registered_fields(event: NodeRegistered) -> Words:
+    return [
+        *("models", " ".join(event.models), "capacity", event.capacity, "whole", "1"),
+        *("layers", _join(event.layers or ()), "layer_count", event.layer_count),
+        *("context_length", event.context_length, "resume", "", "api_url", event.api_url, "api", event.api),
+        *("gpu_memory_gb", f"{event.gpu_memory_gb:g}"),
+    ]
+
+
+def _join(layers: Sequence[int]) -> str:
+    return " ".join(str(layer) for layer in layers)

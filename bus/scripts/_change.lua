@@ -1,0 +1,107 @@
+-- use: _event _node
+-- What requeue, cancel, expire and release share: the keys of one job, wherever it is, and its end.
+-- The caller has read route, node, queue and fence from the job; when they have changed since, `moved`: read again.
+local job_key, out_key, set_key, usage_key, quota_key, payload_key, text_key, tokens_key, deadlines_key, late_key,
+  queue_key, again_key, queues_key, wake_key, node_key, running_key, load_key, jobs_key, control_key, dead_key,
+  events_key = unpack(KEYS, 1, 21)
+local job_id, fence, route, node, queue, prefix = unpack(ARGV, 1, 6)
+local out_ttl, result_ttl, text_max, dead_keep, node_keep = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9]),
+  tonumber(ARGV[10]), tonumber(ARGV[11])
+local member = job_id .. '/' .. fence
+
+local names = {'state', 'attempt', 'nonce', 'route', 'node', 'queue', 'entry', 'deadline', 'stream', 'cancel', 'idem',
+  'started', 'model', 'crashes', 'node_errors', 'relay_losses', 'avoid', 'alone', 'resume', 'est_prompt', 'est_new',
+  'owner', 'policy'}
+local values = call('HMGET', job_key, unpack(names))
+local job = {}
+for i, name in ipairs(names) do
+  job[name] = values[i] or ''
+end
+
+-- nil if the job is where the caller thinks and not ended, else the answer.
+local function elsewhere()
+  if job.state == '' then
+    return {'unknown'}
+  elseif job.state ~= 'queued' and job.state ~= 'running' then
+    return {'ended', job.state}
+  elseif job.attempt .. '.' .. job.nonce ~= fence or job.route ~= route or job.node ~= node or job.queue ~= queue then
+    return {'moved'}
+  end
+  return nil
+end
+
+-- The freeing commands, first of all writes: reservation and node entry, or place in the queue.
+local function leave()
+  if job.state == 'running' then
+    call('ZREM', running_key, member)
+    call('HDEL', load_key, member)
+    call('XACK', jobs_key, 'workers', job.entry)
+    call('XDEL', jobs_key, job.entry)
+  else
+    if job.entry ~= '' then
+      call('XDEL', queue_key, job.entry)
+    end
+    call('ZREM', late_key, job_id)
+  end
+end
+
+local function tell_worker()
+  call('XADD', control_key, 'MAXLEN', '~', 1000, '*', 'type', 'cancel', 'job', job_id, 'fence', fence)
+  keep(control_key, node_keep)
+end
+
+local function wake(queue_name, id)
+  call('XADD', wake_key, 'MAXLEN', '~', 1000, '*', 'queue', queue_name, 'job', id)
+end
+
+-- The one terminal. Whatever was stored of the text stays as the result.
+local function end_job(state, reason, code, message)
+  leave()
+  call('ZREM', deadlines_key, job_id)
+  if set_key ~= job_key then
+    call('SREM', set_key, job_id)
+  end
+  if quota_key ~= job_key then
+    call('ZREM', quota_key, job_id)
+  end
+  call('DEL', tokens_key, payload_key)
+  local ttl = job.idem ~= '' and math.max(result_ttl, call('PTTL', job_key)) or result_ttl
+  local text_len = call('STRLEN', text_key)
+  if text_len > 0 then
+    call('PEXPIRE', text_key, ttl)
+  end
+  call('HSET', job_key, 'state', state, 'reason', reason, 'text_len', text_len, 'error_code', code,
+    'error_message', message, 'ended', now, 'payload', '', 'entry', '')
+  call('PEXPIRE', job_key, ttl)
+  if usage_key ~= job_key then
+    call('HINCRBY', usage_key, 'jobs', 1)
+  end
+  local whole = ''
+  if job.stream ~= '1' and text_len > 0 and text_len <= text_max then
+    whole = call('GET', text_key)
+  end
+  send(out_key, out_ttl, 'type', 'end', 'job', job_id, 'fence', fence, 'state', state, 'reason', reason,
+    'text_len', text_len, 'prompt_tokens', 0, 'new_tokens', 0, 'node', node, 'error_code', code,
+    'error_message', message, 'retry_after_ms', 0, 'text', whole)
+  if node ~= '' then
+    wake('', '')
+  end
+  return {'ended', state}
+end
+
+-- Back to the head queue, or held back until `due`.
+local function enqueue(due)
+  local name = job.model .. ':0'
+  local entry = ''
+  if due > 0 then
+    call('ZADD', late_key, due, job_id)
+  else
+    local resume = job.resume ~= '' and call('STRLEN', tokens_key) > 0 and job.resume or ''
+    entry = call('XADD', again_key, '*', 'job', job_id, 'fence', fence, 'out', out_of(route), 'est_prompt',
+      job.est_prompt, 'est_new', job.est_new, 'deadline', job.deadline, 'alone', job.alone, 'avoided', job.avoid,
+      'resume', resume)
+    call('SADD', queues_key, name)
+  end
+  call('HSET', job_key, 'state', 'queued', 'queue', name, 'entry', entry, 'node', '', 'owner', '', 'started', '')
+  wake(due > 0 and '' or name, due > 0 and '' or job_id)
+end

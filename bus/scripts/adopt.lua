@@ -1,0 +1,19 @@
+-- use: _event
+-- A relay takes an HTTP node under its own lease, which must live. KEYS node, leases, running, events. ARGV node, holder.
+-- Answers {'owned', epoch, holder, reservations left} or {'held', holder or '', expiry}.
+local h = call('HMGET', KEYS[1], 'owner', 'epoch', 'kind', 'state')
+local mine = call('ZSCORE', KEYS[2], ARGV[2])
+if h[3] ~= 'http' or h[4] == 'bye' or not mine or tonumber(mine) <= now then
+  return {'held', '', 0}
+end
+if filled(h[1]) and h[1] ~= ARGV[2] then
+  local lease = call('ZSCORE', KEYS[2], h[1])
+  if lease and tonumber(lease) > now then
+    return {'held', h[1], tonumber(lease)}
+  end
+end
+if h[1] ~= ARGV[2] then
+  call('HSET', KEYS[1], 'owner', ARGV[2])
+  report(KEYS[4], 'owned', ARGV[1], 'relay', ARGV[2])
+end
+return {'owned', tonumber(h[2]) or 0, ARGV[2], call('ZRANGE', KEYS[3], 0, -1)}

@@ -1,0 +1,26 @@
+-- use: _apply
+-- A worker's beat: full state, so it recreates its node. KEYS 6.. the zsets of its models.
+-- ARGV 6 epoch, 7 holder, 8 draining, then fields and values of the hash.
+local epoch = tonumber(ARGV[6])
+local h = call('HMGET', node_key, 'epoch', 'beat_id', 'state', 'owner', 'kind', 'capacity')
+local stored = tonumber(h[1]) or 0
+if h[5] == 'http' and h[3] ~= 'bye' then
+  return 'not_owner'
+elseif h[3] == 'bye' and epoch <= stored then
+  return 'departed'
+elseif epoch < stored or (epoch == stored and is_stale(h[2])) then
+  return 'superseded'
+elseif is_expired() then
+  return 'expired'
+end
+local state = ARGV[8] == '1' and 'draining' or 'up'
+local owner = h[4]
+if epoch > stored or not filled(owner) then
+  owner = ARGV[7]
+elseif h[3] == 'draining' then
+  state = 'draining' -- a worker that drains never takes work again in this epoch
+end
+call('HSET', node_key, 'epoch', epoch, 'owner', owner, 'state', state, 'beat_id', beat_id, 'beat_ms', beat_ms, 'key_id', '',
+  unpack(ARGV, 9))
+revive({unpack(KEYS, 6)})
+return 'applied'

@@ -1,0 +1,25 @@
+-- use: _apply
+-- It has left on purpose: no longer counted, and a tombstone keeps late beats of its epoch from reviving it.
+-- It stays listed while it has reservations, so that the sweep finds them. KEYS 6 running, 7.. the zsets of its models. ARGV 6 epoch, 7 key id.
+local h = call('HMGET', node_key, 'epoch', 'state', 'key_id')
+local epoch = tonumber(ARGV[6])
+if not h[2] then
+  return 'unknown'
+elseif h[2] == 'bye' then
+  return 'departed'
+elseif epoch < (tonumber(h[1]) or 0) then
+  return 'superseded'
+elseif (h[3] or '') ~= ARGV[7] then
+  return 'not_owner'
+end
+call('DEL', alive_key)
+for i = 7, #KEYS do
+  call('ZREM', KEYS[i], node)
+end
+if call('ZCARD', KEYS[6]) == 0 then
+  call('ZREM', known_key, node)
+end
+call('HSET', node_key, 'state', 'bye', 'epoch', epoch, 'owner', '', 'beat_id', beat_id)
+call('PEXPIRE', node_key, node_keep)
+report(events_key, 'node_down', node, 'bye', '')
+return 'applied'

@@ -1,0 +1,238 @@
+-- Reserve a node for each of up to 64 queued jobs. First all is read and decided, then written, deletions first.
+-- KEYS leases, queue, then 4 a node (hash, running, load, jobs), then a pick's job and out, and, if it has been tried
+-- before, the text and tokens of the old fence and of the new one.
+-- ARGV prefix, model, unread_ms, alone_ms, out_ttl, load_ttl, nodes, node ids, picks, then a pick's entry, job, fence,
+-- nonce, out, score, how many nodes, their indexes.
+local leases_key, queue_key = KEYS[1], KEYS[2]
+local prefix, model = ARGV[1], ARGV[2]
+local unread_ms, alone_ms, out_ttl, load_ttl = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local node_count = tonumber(ARGV[7])
+local nodes = {}
+
+local function is_live(key, owner)
+  if not filled(owner) or call('EXISTS', key .. ':alive') == 0 then
+    return false
+  end
+  local lease = call('ZSCORE', leases_key, owner)
+  return lease and tonumber(lease) > now
+end
+
+-- Who has the node for himself: the job that waits for it to run empty, or runs alone on it. nil = nobody.
+local function kept_for(key, id, running_key, alone, alone_until)
+  if not filled(alone) then
+    return nil
+  end
+  local j = call('HMGET', prefix .. 'job:' .. alone, 'state', 'node', 'attempt', 'nonce')
+  if j[1] == 'queued' and tonumber(alone_until or 0) > now then
+    return alone
+  end
+  if j[1] == 'running' and j[2] == id and call('ZSCORE', running_key, alone .. '/' .. j[3] .. '.' .. j[4]) then
+    return alone
+  end
+  return nil
+end
+
+local function load_node(index)
+  local base = 2 + (index - 1) * 4
+  local key = KEYS[base + 1]
+  local h = call('HMGET', key, 'owner', 'state', 'models', 'capacity', 'resume', 'alone', 'alone_until', 'breaker_n',
+    'breaker_until', 'breaker_probe')
+  local id = ARGV[7 + index]
+  local n = {id = id, key = key, running_key = KEYS[base + 2], load_key = KEYS[base + 3], jobs_key = KEYS[base + 4],
+    owner = h[1], resume = h[5] or '', scores = {}, loads = {}}
+  nodes[index] = n
+  n.live = h[2] == 'up' and has_word(h[3], model) and is_live(key, h[1])
+  if not n.live then
+    return n
+  end
+  n.running = call('ZCARD', n.running_key)
+  n.capacity = tonumber(h[4]) or 0
+  n.alone = kept_for(key, id, n.running_key, h[6], h[7])
+  if (tonumber(h[8]) or 0) > 0 then
+    n.half_open = true
+    n.shut = tonumber(h[9] or 0) > now or (filled(h[10]) and call('ZSCORE', n.running_key, h[10]))
+  end
+  return n
+end
+
+local function node_at(index)
+  return nodes[index] or load_node(index)
+end
+
+-- Whether any live node of the model is not avoided, named by the caller or not.
+local function another_lives(avoid)
+  for _, id in ipairs(call('ZRANGE', prefix .. 'model:' .. model, 0, 255)) do
+    if not has_word(avoid, id) then
+      local key = prefix .. 'node:' .. id
+      local h = call('HMGET', key, 'owner', 'state')
+      if h[2] == 'up' and is_live(key, h[1]) then
+        return true
+      end
+    end
+  end
+  return false
+end
+
+local function may_take(n)
+  return n.live and not n.shut and n.running < n.capacity
+end
+
+-- The node for a job that must run alone. Second answer: it waits for that node to run empty.
+local function choose_alone(job_id, indexes)
+  local mine, first
+  for _, index in ipairs(indexes) do
+    local n = node_at(index)
+    if n.live and not n.shut and n.capacity > 0 then
+      if n.alone == job_id then
+        mine = mine or n
+      elseif not n.alone then
+        if n.running == 0 and not mine then
+          return n, false
+        end
+        if not first or n.running < first.running then
+          first = n
+        end
+      end
+    end
+  end
+  local n = mine or first
+  if not n then
+    return nil, false
+  end
+  return n, n.running > 0
+end
+
+local function choose(avoid, indexes)
+  local passed_over = filled(avoid) and another_lives(avoid)
+  for _, index in ipairs(indexes) do
+    local n = node_at(index)
+    if may_take(n) and not n.alone and not (passed_over and has_word(avoid, n.id)) then
+      return n
+    end
+  end
+  return nil
+end
+
+local answers, chosen, dropped, marks = {}, {}, {}, {}
+local key_at = 2 + node_count * 4
+local arg_at = 8 + node_count
+local pick_count = tonumber(ARGV[arg_at])
+arg_at = arg_at + 1
+local taken = {}
+
+for i = 1, pick_count do
+  local entry, job_id, fence, nonce, out, score, count = unpack(ARGV, arg_at, arg_at + 6)
+  local indexes = {}
+  for k = 1, tonumber(count) do
+    indexes[k] = tonumber(ARGV[arg_at + 6 + k])
+  end
+  arg_at = arg_at + 7 + #indexes
+  local p = {job_id = job_id, job = KEYS[key_at + 1], out = KEYS[key_at + 2], score = score, at = i, entry = entry}
+  key_at = key_at + 2
+  if fence ~= '0.0' then
+    p.old_text, p.old_tokens, p.text, p.tokens = unpack(KEYS, key_at + 1, key_at + 4)
+    key_at = key_at + 4
+  end
+  local h = call('HMGET', p.job, 'state', 'attempt', 'nonce', 'route', 'entry', 'deadline', 'stream', 'seed',
+    'est_prompt', 'est_new', 'payload', 'alone', 'avoid', 'resume')
+  p.h = h
+  if not h[1] then
+    answers[i] = {'gone'}
+    dropped[#dropped + 1] = entry
+  elseif h[1] ~= 'queued' or h[5] ~= entry or taken[job_id] then
+    answers[i] = {'not_queued'}
+    dropped[#dropped + 1] = entry
+  elseif h[2] .. '.' .. h[3] ~= fence then
+    answers[i] = {'changed'}
+  elseif tonumber(h[6]) <= now then
+    answers[i] = {'deadline'}
+  elseif out_of(h[4]) ~= out then
+    answers[i] = {'out', out_of(h[4])}
+  else
+    local n, waits
+    if filled(h[12]) then
+      n, waits = choose_alone(job_id, indexes)
+      if n then
+        n.alone = job_id
+        marks[#marks + 1] = {n.key, job_id}
+      end
+    else
+      n = choose(h[13], indexes)
+    end
+    if not n then
+      answers[i] = {'no_room'}
+    elseif waits then
+      answers[i] = {'alone'}
+    else
+      local attempt = tonumber(h[2]) + 1
+      p.attempt, p.nonce, p.fence, p.node = attempt, nonce, attempt .. '.' .. nonce, n
+      local member = job_id .. '/' .. p.fence
+      n.running = n.running + 1
+      if n.half_open then
+        n.shut = true
+        n.probe = member
+      end
+      n.scores[#n.scores + 1] = now + unread_ms
+      n.scores[#n.scores + 1] = member
+      n.loads[#n.loads + 1] = member
+      n.loads[#n.loads + 1] = math.min(tonumber(h[9]), 9999999) * 10000000 + math.min(tonumber(h[10]), 9999999)
+      taken[job_id] = true
+      dropped[#dropped + 1] = entry
+      chosen[#chosen + 1] = p
+      answers[i] = {'assigned', p.fence, n.id}
+    end
+  end
+end
+
+if #dropped > 0 then
+  call('XDEL', queue_key, unpack(dropped))
+end
+for _, n in pairs(nodes) do
+  if #n.scores > 0 then
+    call('ZADD', n.running_key, unpack(n.scores))
+    call('HSET', n.load_key, unpack(n.loads))
+    keep(n.load_key, load_ttl)
+    if n.probe then
+      call('HSET', n.key, 'breaker_probe', n.probe)
+    end
+  end
+end
+for _, mark in ipairs(marks) do
+  call('HSET', mark[1], 'alone', mark[2], 'alone_until', now + alone_ms)
+end
+
+-- Copy the progress to the new fence, so that a zombie of the old one could only write into a dead key.
+-- Token ids go on only to a node of the same digest; elsewhere they are dropped for good.
+local function copy_progress(p, resume)
+  local text_len = call('STRLEN', p.old_text)
+  local token_len = floor(call('STRLEN', p.old_tokens) / 4)
+  if text_len > 0 then
+    call('COPY', p.old_text, p.text, 'REPLACE')
+    call('PEXPIRE', p.old_text, 60000)
+  end
+  if token_len > 0 then
+    if filled(resume) and resume == p.node.resume then
+      call('COPY', p.old_tokens, p.tokens, 'REPLACE')
+      call('PEXPIRE', p.old_tokens, 60000)
+      return text_len, token_len, resume
+    end
+    call('DEL', p.old_tokens)
+  end
+  return text_len, 0, text_len == 0 and p.node.resume or ''
+end
+
+for _, p in ipairs(chosen) do
+  local h, n = p.h, p.node
+  local text_len, token_len, resume = 0, 0, n.resume
+  if p.old_text then
+    text_len, token_len, resume = copy_progress(p, h[14])
+  end
+  local node_entry = call('XADD', n.jobs_key, '*', 'job', p.job_id, 'fence', p.fence, 'owner', n.owner, 'route', h[4],
+    'stream', h[7], 'seed', h[8], 'deadline', h[6], 'text_len', text_len, 'token_len', token_len,
+    'est_prompt', h[9], 'est_new', h[10], 'payload', h[11])
+  call('HSET', p.job, 'state', 'running', 'attempt', p.attempt, 'nonce', p.nonce, 'node', n.id, 'owner', n.owner,
+    'entry', node_entry, 'score', p.score, 'resume', resume)
+  send(p.out, out_ttl, 'type', 'marker', 'job', p.job_id, 'fence', p.fence, 'node', n.id, 'text_len', text_len,
+    'token_len', token_len)
+end
+return answers

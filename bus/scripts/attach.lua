@@ -1,0 +1,32 @@
+-- Another gateway takes the stream over.
+-- KEYS job, new out, new gateway's set, old out, old gateway's set, text, tokens. Absent ones are the job's own key.
+-- ARGV job, fence, old route, new route, gateway, out_ttl, job_keep.
+-- Answers {'attached', state, fence, text_len, deadline}, {'ended', state}, {'moved'}, {'unknown'}.
+local job_key, out_key, set_key, old_out, old_set, text_key, tokens_key = unpack(KEYS, 1, 7)
+local job_id, fence, old_route, new_route, gateway = unpack(ARGV, 1, 5)
+local out_ttl, job_keep = tonumber(ARGV[6]), tonumber(ARGV[7])
+local h = call('HMGET', job_key, 'state', 'attempt', 'nonce', 'route', 'deadline', 'node', 'stream')
+if not h[1] then
+  return {'unknown'}
+elseif h[1] ~= 'queued' and h[1] ~= 'running' then
+  return {'ended', h[1]}
+elseif h[2] .. '.' .. h[3] ~= fence or h[4] ~= old_route then
+  return {'moved'}
+end
+local text_len = call('STRLEN', text_key)
+if old_set ~= job_key and old_set ~= set_key then
+  call('SREM', old_set, job_id)
+end
+if old_route ~= new_route then
+  call('HSET', job_key, 'route', new_route)
+  if old_out ~= out_key then
+    try('XADD', old_out, 'NOMKSTREAM', '*', 'type', 'detached', 'job', job_id, 'by', gateway)
+  end
+end
+call('SADD', set_key, job_id)
+keep(set_key, math.max(60000, h[5] - now + job_keep))
+if h[1] == 'running' then
+  send(out_key, out_ttl, 'type', 'marker', 'job', job_id, 'fence', fence, 'node', h[6] or '', 'text_len', text_len,
+    'token_len', floor(call('STRLEN', tokens_key) / 4))
+end
+return {'attached', h[1], fence, text_len, h[5]}

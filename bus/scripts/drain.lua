@@ -1,0 +1,6 @@
+-- The owner takes no more jobs. KEYS node. ARGV holder. Answers 1, or 0 if somebody else owns the node.
+if call('HGET', KEYS[1], 'owner') ~= ARGV[1] then
+  return 0
+end
+call('HSET', KEYS[1], 'state', 'draining')
+return 1

@@ -1,0 +1,151 @@
+-- use: _node
+-- End attempts. First all is read and decided, then written, deletions first, so that work drains at maxmemory.
+-- KEYS node, running, load, node jobs, deadlines, wake, then a piece's job, text, tokens, payload, out, gateway's set,
+-- usage, quota (the job's own key where it has none).
+-- ARGV holder, epoch, prefix, out_ttl, result_ttl, node_keep, text_max, pieces, node id, then a piece's job, fence, route, text offset, text,
+-- reason, prompt tokens, new tokens, error code, error message, fault.
+-- Answers per piece {1, state} finished, {2, text_len, token_len} gap, {3, why} stop, {4, route} moved.
+local node_key, running_key, load_key, jobs_key, deadlines_key, wake_key = unpack(KEYS, 1, 6)
+local prefix = ARGV[3]
+local out_ttl, result_ttl, text_max = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[7])
+local KEYS_EACH, ARGS_EACH = 8, 11
+
+local owner = other_owner(node_key, ARGV[1], ARGV[2], tonumber(ARGV[6]))
+if owner then
+  return {'superseded', owner}
+end
+
+local answers, ending, members, entries, ids, sets, models = {}, {}, {}, {}, {}, {}, {}
+local seen = {}
+
+local function decide(i)
+  local k, a = 6 + (i - 1) * KEYS_EACH, 9 + (i - 1) * ARGS_EACH
+  local p = {}
+  p.job, p.text_key, p.tokens_key, p.payload_key, p.out, p.set, p.usage, p.quota = unpack(KEYS, k + 1, k + KEYS_EACH)
+  p.job_id, p.fence, p.route, p.text_at, p.text, p.reason, p.prompt_tokens, p.new_tokens, p.code, p.message, p.fault =
+    unpack(ARGV, a + 1, a + ARGS_EACH)
+  local h = call('HMGET', p.job, 'state', 'attempt', 'nonce', 'route', 'stream', 'cancel', 'entry', 'model', 'idem',
+    'started', 'big')
+  if not h[1] then
+    return {3, 'unknown'}
+  elseif h[2] .. '.' .. h[3] ~= p.fence then
+    return {3, 'fence'}
+  elseif h[1] == 'queued' then
+    return {3, 'queued'}
+  elseif h[1] ~= 'running' or seen[p.job_id] then
+    return {1, seen[p.job_id] or h[1]}
+  elseif h[4] ~= p.route then
+    return {4, h[4]}
+  end
+  p.text_len = call('STRLEN', p.text_key)
+  local text_at = tonumber(p.text_at)
+  if text_at > p.text_len then
+    return {2, p.text_len, floor(call('STRLEN', p.tokens_key) / 4)}
+  end
+  p.new = sub(p.text, p.text_len - text_at + 1)
+  p.stream, p.idem = h[5] == '1', filled(h[9])
+  -- A first attempt that never flushed has no tokens to delete; `big` says that the payload has a key of its own.
+  p.clean = not (filled(h[10]) or tonumber(h[2]) > 1 or h[11])
+  if filled(h[6]) then
+    p.state, p.reason, p.code, p.message = 'cancelled', 'cancelled', '', ''
+  elseif p.reason == 'cancelled' then
+    p.state = 'cancelled'
+  elseif p.reason == 'error' then
+    p.state = 'failed'
+  else
+    p.state = 'done'
+  end
+  seen[p.job_id] = p.state
+  ending[#ending + 1] = p
+  members[#members + 1] = p.job_id .. '/' .. p.fence
+  ids[#ids + 1] = p.job_id
+  entries[#entries + 1] = h[7]
+  models[h[8]] = true
+  if p.set ~= p.job then
+    sets[p.set] = sets[p.set] or {}
+    local set = sets[p.set]
+    set[#set + 1] = p.job_id
+  end
+  return {1, p.state}
+end
+
+for i = 1, tonumber(ARGV[8]) do
+  answers[i] = decide(i)
+end
+if #ending == 0 then
+  return answers
+end
+
+call('ZREM', running_key, unpack(members))
+call('HDEL', load_key, unpack(members))
+call('XACK', jobs_key, 'workers', unpack(entries))
+call('XDEL', jobs_key, unpack(entries))
+call('ZREM', deadlines_key, unpack(ids))
+for set, jobs in pairs(sets) do
+  call('SREM', set, unpack(jobs))
+end
+
+-- The result is the stored text; answers the whole of it if the terminal carries it.
+local function store_text(p)
+  local whole = ''
+  local total = p.text_len + #p.new
+  if p.text_len == 0 then
+    if p.new ~= '' then
+      call('SET', p.text_key, p.new, 'PX', p.ttl)
+    end
+    whole = p.new
+  else
+    if p.new ~= '' then
+      call('APPEND', p.text_key, p.new)
+    end
+    call('PEXPIRE', p.text_key, p.ttl)
+    if not p.stream and total <= text_max then
+      whole = call('GET', p.text_key)
+    end
+  end
+  return total, (not p.stream and total <= text_max) and whole or ''
+end
+
+local ok, bad, client = 0, 0, 0
+for _, p in ipairs(ending) do
+  if p.quota ~= p.job then
+    call('ZREM', p.quota, p.job_id)
+  end
+  if not p.clean then
+    call('DEL', p.tokens_key, p.payload_key)
+  end
+  -- An idempotency record must not outlive its job, so such a job keeps the expiry of its submit.
+  p.ttl = p.idem and math.max(result_ttl, call('PTTL', p.job)) or result_ttl
+  local before = p.text_len
+  local total, whole = store_text(p)
+  call('HSET', p.job, 'state', p.state, 'reason', p.reason, 'text_len', total, 'prompt_tokens', p.prompt_tokens,
+    'new_tokens', p.new_tokens, 'error_code', p.code, 'error_message', p.message, 'ended', now, 'payload', '')
+  call('PEXPIRE', p.job, p.ttl)
+  if p.usage ~= p.job then
+    call('HINCRBY', p.usage, 'jobs', 1)
+    call('HINCRBY', p.usage, 'prompt_tokens', p.prompt_tokens)
+    call('HINCRBY', p.usage, 'new_tokens', p.new_tokens)
+  end
+  if p.stream and p.new ~= '' then
+    send(p.out, out_ttl, 'type', 'frame', 'job', p.job_id, 'fence', p.fence, 'offset', before, 'text', p.new, 'count', 0)
+  end
+  send(p.out, out_ttl, 'type', 'end', 'job', p.job_id, 'fence', p.fence, 'state', p.state, 'reason', p.reason,
+    'text_len', total, 'prompt_tokens', p.prompt_tokens, 'new_tokens', p.new_tokens, 'node', ARGV[9],
+    'error_code', p.code, 'error_message', p.message, 'retry_after_ms', 0, 'text', whole)
+  if p.state == 'done' then
+    ok = ok + 1
+  elseif p.fault == 'client' then
+    client = client + 1
+  elseif p.fault == 'node' then
+    bad = bad + 1
+  end
+end
+account(node_key, ok, bad, client, 0, 0)
+for model in pairs(models) do
+  local queue = prefix .. 'queue:' .. model
+  if call('XLEN', queue .. ':1') > 0 or call('XLEN', queue .. ':0') > 0 then
+    call('XADD', wake_key, 'MAXLEN', '~', 1000, '*', 'queue', '', 'job', '')
+    break
+  end
+end
+return answers

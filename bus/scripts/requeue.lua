@@ -1,0 +1,91 @@
+-- use: _change
+-- Hand a running attempt back. The only rule that retries a job.
+-- why: crash | node_error | drain | unread | relay_lost, or `expired` and `down`, which are resolved here.
+-- Answers {'requeued', why, due, alone}, {'ended', state}, {'not', state}, {'moved'}, {'unknown'}.
+local why, detail = ARGV[12], ARGV[13]
+local backoff_ms, node_errors_max, crashes_max, breaker_ms, breaker_max = tonumber(ARGV[14]), tonumber(ARGV[15]),
+  tonumber(ARGV[16]), tonumber(ARGV[17]), tonumber(ARGV[18])
+
+local function is_held()
+  local score = call('ZSCORE', running_key, member)
+  return score and tonumber(score) > now
+end
+
+local answer = elsewhere()
+if answer then
+  return answer
+elseif job.state ~= 'running' or (why == 'expired' and is_held()) then
+  return {'not', job.state}
+end
+
+local avoid_node = why == 'node_error'
+if why == 'expired' or why == 'down' then
+  if job.started == '' then
+    -- A worker that lives but does not read must not get the same job again and again.
+    avoid_node = why == 'expired'
+    why = 'unread'
+  elseif call('HGET', node_key, 'kind') == 'http' then
+    why = 'relay_lost'
+  else
+    why = 'crash'
+  end
+end
+local counted = why
+local losses = tonumber(job.relay_losses) or 0
+if why == 'relay_lost' then
+  losses = losses + 1
+  counted = losses > 2 and 'crash' or why
+end
+
+if job.cancel ~= '' then
+  return end_job('cancelled', 'cancelled', '', '')
+elseif tonumber(job.deadline) <= now then
+  return end_job('failed', 'error', 'deadline_exceeded', 'the deadline passed before the job could be run again')
+end
+
+local crashes = (tonumber(job.crashes) or 0) + (counted == 'crash' and 1 or 0)
+local errors = (tonumber(job.node_errors) or 0) + (counted == 'node_error' and 1 or 0)
+
+-- A dead process fails once in its node's record, however many jobs it held.
+local function account_failure()
+  if counted == 'node_error' then
+    account(node_key, 0, 1, 0, breaker_ms, breaker_max)
+  elseif why == 'crash' and call('HGET', node_key, 'crash_owner') ~= job.owner then
+    call('HSET', node_key, 'crash_owner', job.owner)
+    account(node_key, 0, 1, 0, 0, 0)
+  end
+end
+
+if counted == 'crash' and crashes >= crashes_max then
+  local ended = end_job('failed', 'error', 'crashed', 'the job was running each time its worker died: ' .. detail)
+  account_failure()
+  call('HSET', job_key, 'crashes', crashes)
+  bury(dead_key, dead_keep, 'job', job_id, 'crash', detail)
+  report(events_key, 'dead_letter', job_id, 'crash', node)
+  return ended
+elseif counted == 'node_error' and errors >= node_errors_max then
+  local ended = end_job('failed', 'error', 'node_error', detail)
+  account_failure()
+  call('HSET', job_key, 'node_errors', errors)
+  bury(dead_key, dead_keep, 'job', job_id, 'node_error', detail)
+  report(events_key, 'dead_letter', job_id, 'node_error', node)
+  return ended
+end
+
+leave()
+local due = 0
+if counted == 'node_error' then
+  due = now + backoff_ms * 2 ^ (errors - 1)
+end
+if avoid_node and not has_word(job.avoid, node) then
+  job.avoid = job.avoid == '' and node or job.avoid .. ' ' .. node
+end
+if crashes >= 2 then
+  job.alone = '1'
+end
+call('HSET', job_key, 'crashes', crashes, 'node_errors', errors, 'relay_losses', losses, 'avoid', job.avoid,
+  'alone', job.alone)
+enqueue(due)
+account_failure()
+report(events_key, 'requeued', job_id, why, node .. ': ' .. detail)
+return {'requeued', why, due, job.alone}
