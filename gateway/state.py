@@ -50,4 +50,4 @@ class Gateway:
 
 
 GATEWAY = web.AppKey("gateway", Gateway)
-REQUEST_ID = "request_id"  # in a request's own mapping
+REQUEST_ID = web.RequestKey("request_id", str)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ import aiohttp
 import orjson
 import pytest
 
+import dispatcher.service
+import gpu_worker.worker
+import registry_consumer.service
 from bus.api_keys import KeyLimits
 from bus.child import ParentLine
 from bus.link import ServerAddress
@@ -47,7 +51,7 @@ class Served:
         headers: dict[str, str] | None = None,
     ) -> tuple[int, Any, Any]:
         """Status, headers and JSON of one call with the test's key (or with `headers` instead)."""
-        data = raw if raw is not None else None if body is None else orjson.dumps(body)
+        data = raw if raw is not None else None if body is None else json.dumps(body).encode()
         async with self.http.request(
             method, self.base + path, data=data, headers=self.headers if headers is None else headers
         ) as response:
@@ -127,14 +131,10 @@ async def until_ready(served: Served) -> None:
 @pytest.fixture
 async def fleet(settings: Settings) -> AsyncIterator[tuple[Served, Served]]:
     """Two gateways, a registry consumer, a dispatcher and one echo worker."""
-    import dispatcher.service
-    import gpu_worker.service
-    import registry_consumer.service
-
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(running(registry_consumer.service.run, settings))
         await stack.enter_async_context(running(dispatcher.service.run, settings))
-        await stack.enter_async_context(running(gpu_worker.service.run, settings.changed(node_id="echo-1")))
+        await stack.enter_async_context(running(gpu_worker.worker.run, settings.changed(node_id="echo-1")))
         first = await stack.enter_async_context(serve(settings))
         second = await stack.enter_async_context(serve(settings))
         second.key = first.key

@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 import registry_consumer.service
 from bus.api_keys import KeyLimits
@@ -15,6 +17,7 @@ from gateway.nodes_wire import STATUS_ACTIVE, STATUS_INACTIVE
 from tests.conftest import wait_until
 from tests.gateway.conftest import Served, running, serve
 from tests.harness.fake_openai import FakeNode, Knobs
+from tests.harness.servers import free_port
 
 
 @pytest.fixture
@@ -148,17 +151,57 @@ async def test_racing_registrations_of_one_id_leave_the_last_one_that_succeeded(
     assert seen == {**(await shown(pair[1]) or {}), "last_heartbeat_age_s": seen["last_heartbeat_age_s"]}
 
 
-@pytest.mark.parametrize("trouble", [{"refuse": True}, {"redirect_to": "http://127.0.0.1:1/"}])
-async def test_a_node_that_is_not_well_is_refused(
-    pair: tuple[Served, Served], node: FakeNode, trouble: dict[str, Any]
-) -> None:
-    for name, value in trouble.items():
-        setattr(node.knobs, name, value)
+def health_says(status: int, body: bytes = b"", **headers: str) -> web.Application:
+    async def health(_: web.Request) -> web.Response:
+        return web.Response(status=status, body=body, headers=headers)
 
-    status, _, body = await pair[0].call("POST", "/api/gpu/register", registration(node.url))
+    app = web.Application()
+    app.router.add_get("/health", health)
+    return app
+
+
+@pytest.mark.parametrize(
+    "app",
+    [
+        health_says(500),
+        health_says(302, Location="http://127.0.0.1:1/"),
+        health_says(200, b"x" * 1_000_000),
+        health_says(404),  # and no /v1/models either
+    ],
+    ids=["500", "redirect", "huge", "nothing there"],
+)
+async def test_a_node_that_is_not_well_is_refused(settings: Settings, app: web.Application) -> None:
+    """A redirect is never followed: it is the simplest way around an address check."""
+    async with TestServer(app) as sick, serve(settings) as one:
+        status, _, body = await one.call("POST", "/api/gpu/register", registration(str(sick.make_url("/"))))
+
+        assert (status, body["error"]["code"]) == (422, "node_unhealthy")
+        assert await shown(one) is None
+
+
+async def test_a_node_that_is_not_there_is_refused(settings: Settings) -> None:
+    async with serve(settings) as one:
+        status, _, body = await one.call("POST", "/api/gpu/register", registration(f"http://127.0.0.1:{free_port()}"))
 
     assert (status, body["error"]["code"]) == (422, "node_unhealthy")
-    assert await shown(pair[0]) is None
+
+
+async def test_a_node_without_a_health_route_is_asked_for_its_models(settings: Settings) -> None:
+    """Ollama is such a server."""
+
+    async def models(_: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [{"id": "llama3:8b"}, {"id": "tiny"}, {"id": 5}]})
+
+    app = web.Application()
+    app.router.add_get("/v1/models", models)
+    async with (
+        running(registry_consumer.service.run, settings),
+        TestServer(app) as node,
+        serve(settings) as one,
+    ):
+        status, _, body = await one.call("POST", "/api/gpu/register", registration(str(node.make_url("/v1/"))))
+
+    assert (status, body["models"]) == (200, ["tiny"])
 
 
 async def test_a_node_that_does_not_answer_is_refused_in_time(settings: Settings, node: FakeNode) -> None:
@@ -173,7 +216,7 @@ async def test_a_node_that_does_not_answer_is_refused_in_time(settings: Settings
 async def test_without_the_health_check_a_node_behind_a_closed_door_is_accepted(settings: Settings) -> None:
     closed = settings.changed(node_health_check=False)
     async with running(registry_consumer.service.run, closed), serve(closed) as one:
-        status, _, body = await one.call("POST", "/api/gpu/register", registration("http://127.0.0.1:1"))
+        status, _, body = await one.call("POST", "/api/gpu/register", registration(f"http://127.0.0.1:{free_port()}"))
 
     assert (status, body["models"]) == (200, [settings.model])
 
