@@ -25,6 +25,8 @@ Batch = list[tuple[str, list[Entry]]]  # (key, its entries), only streams that h
 
 REPLY_GRACE_S = 3.0
 NOGROUP_PAUSE_S = (0.1, 0.5)
+NAMES_KEPT = 256
+NAME_BYTES_KEPT = 32
 
 
 class Reader:
@@ -225,16 +227,17 @@ class _ErrorReply(Exception):
         self.text = text
 
 
-_names: dict[bytes, str] = {}  # field names as str: a handful, so they are kept
+class _Names(dict[bytes, str]):
+    """Field names as str. There are a handful, so each is decoded once; a flood of foreign ones is not kept."""
 
-
-def _name(raw: bytes) -> str:
-    name = _names.get(raw)
-    if name is None:
+    def __missing__(self, raw: bytes) -> str:
         name = raw.decode(errors="replace")
-        if len(_names) < 256 and len(raw) <= 32:
-            _names[raw] = name
-    return name
+        if len(self) < NAMES_KEPT and len(raw) <= NAME_BYTES_KEPT:
+            self[raw] = name
+        return name
+
+
+_name_of = _Names().__getitem__
 
 
 def to_batch(reply: Any) -> Batch:
@@ -247,8 +250,7 @@ def to_entry(raw: Any) -> Entry:
     entry_id, flat = raw
     if not flat:
         return entry_id.decode(), {}
-    items = iter(flat)
-    return entry_id.decode(), {_name(name): value for name, value in zip(items, items, strict=True)}
+    return entry_id.decode(), dict(zip(map(_name_of, flat[::2]), flat[1::2], strict=True))
 
 
 def _nothing() -> None:

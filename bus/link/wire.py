@@ -1,9 +1,10 @@
 """One open connection: redis-py connects it, then its bytes are ours.
 
-redis-py's `Connection` does what it does well: TCP, unix sockets, TLS, AUTH, SELECT, the client's name. For the traffic
-itself its way of one awaited `read_response` per reply is too slow: benchmarks/link.py measures twice the CPU per command
-of this module for an 8.1.0 connection pipelined by hand, ten times for its client. So after the handshake the transport
-gets this protocol instead of redis-py's stream reader, and replies are parsed by hiredis as they arrive, without a task in between.
+redis-py's `Connection` does what it does well: TCP, unix sockets, TLS, AUTH, SELECT, the client's name. For the
+traffic itself, one awaited `read_response` per reply is too slow: benchmarks/link.py measures twice the CPU per command
+of this module for an 8.1.0 connection pipelined by hand, and ten times for its client. So after the handshake the
+transport gets this protocol instead of redis-py's stream reader, and hiredis parses replies as they arrive, without a
+task in between.
 
 This relies on one private attribute of redis-py 8.1, `Connection._writer` (an `asyncio.StreamWriter`);
 tests/link/test_wire.py pins it. The Connection object is kept, because dropping it would close the socket.
