@@ -1,4 +1,4 @@
-"""The `millrace` command: `up`, `stop`, `worker`, `keys`, `nodes`, `jobs`. `millrace COMMAND --help` says more.
+"""The `millrace` command: `up`, `stop`, `worker`, `keys`, `nodes`, `jobs`, `settings`. `millrace COMMAND --help` says more.
 
 Reads the environment, and `.env` in the current folder under it, once; everything below is handed its settings.
 """
@@ -16,6 +16,7 @@ from bus.settings import Settings, SettingsError, read_settings
 from millrace.inspect import run_jobs, run_nodes
 from millrace.keys import run_keys
 from millrace.preflight import CannotStart, merged_environ
+from millrace.settings_table import settings_markdown, settings_text
 from millrace.stop import run_stop
 from millrace.up import run_up
 from millrace.worker import run_worker
@@ -65,6 +66,11 @@ def _jobs(options: argparse.Namespace, environ: dict[str, str]) -> int:
     return asyncio.run(run_jobs(read_settings(environ), options.job, as_json=options.json))
 
 
+def _settings(options: argparse.Namespace, environ: dict[str, str]) -> int:
+    print(settings_markdown() if options.markdown else settings_text(Settings.from_env(environ)))
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("millrace", description="Chat serving over Redis Streams.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -102,6 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     jobs.add_argument("job", nargs="?", help="a job id")
     jobs.add_argument("--json", action="store_true", help="for scripts")
     jobs.set_defaults(run=_jobs)
+    settings = commands.add_parser("settings", help="all settings, with what is set now")
+    settings.add_argument("--markdown", action="store_true", help="as the table of README.md")
+    settings.set_defaults(run=_settings)
     return parser
 
 
