@@ -65,10 +65,18 @@ async def _dial(
         await open_connection(connection)
         info = await _read_info(connection, candidates[0])
         _check_usable(info)
+        _raise_if_cancelled()
     except BaseException:
         await connection.disconnect(nowait=True)
         raise
     return connection, info
+
+
+def _raise_if_cancelled() -> None:
+    """redis-py 8.1 now and then swallows a cancellation while it connects; its task would wait for ever."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def connection_to(address: ServerAddress, endpoint: Endpoint, *, name: str, timeout_s: float) -> AbstractConnection:

@@ -1,5 +1,7 @@
 """A dispatcher and a worker driven by hand, step by step, over a real server: the caller's counterpart in tests."""
 
+from msgspec.structs import replace
+
 from bus.cell import Cell
 from bus.entries import Assignment, parse_assignment
 from bus.events import NodeBeat
@@ -7,7 +9,7 @@ from bus.ids import Fence, Holder, JobId, NodeId
 from bus.keys import WORKERS_GROUP
 from bus.link import Link, Reader, ServerAddress
 from bus.settings import Settings
-from bus.wire import Assigned, FinishPiece, FlushPiece, Owned, Pick, new_nonce
+from bus.wire import Assigned, FinishPiece, FinishReply, FlushPiece, FlushReply, Moved, Owned, Pick, new_nonce
 
 MODEL = "echo"
 SETTINGS = Settings().changed(
@@ -60,19 +62,26 @@ class Stage:
                     if assignment.job_id == job_id:
                         return assignment
 
-    async def say(self, work: Assignment, offset: int, text: str, tokens: bytes = b"") -> None:
+    async def say(self, work: Assignment, offset: int, text: str, tokens: bytes = b"") -> FlushReply:
+        """One flush; goes where the job's stream has moved to, as a worker does."""
         piece = FlushPiece(
             job_id=work.job_id, fence=work.fence, route=work.route, text_offset=offset, text=text.encode(),
             token_offset=0, tokens=tokens,
         )  # fmt: skip
-        await self.cell.flush(self.holder, self.node, [piece])
+        [reply] = await self.cell.flush(self.holder, self.node, [piece])
+        if isinstance(reply, Moved):
+            [reply] = await self.cell.flush(self.holder, self.node, [replace(piece, route=reply.route)])
+        return reply
 
-    async def end(self, work: Assignment, offset: int, text: str = "") -> None:
+    async def end(self, work: Assignment, offset: int, text: str = "") -> FinishReply:
         piece = FinishPiece(
             job_id=work.job_id, fence=work.fence, route=work.route, text_offset=offset, text=text.encode(),
             reason="stop", prompt_tokens=3, new_tokens=5,
         )  # fmt: skip
-        await self.cell.finish(self.holder, self.node, [piece])
+        [reply] = await self.cell.finish(self.holder, self.node, [piece])
+        if isinstance(reply, Moved):
+            [reply] = await self.cell.finish(self.holder, self.node, [replace(piece, route=reply.route)])
+        return reply
 
     async def crash(self, work: Assignment) -> None:
         await self.cell.requeue(work.job_id, Fence(work.fence), "crash", "killed by the test")
