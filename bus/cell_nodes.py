@@ -34,7 +34,7 @@ class NodeCalls(CellBase):
         """
         keys = self.keys
         answer = await self._call(
-            "adopt", [keys.node(node), keys.leases, keys.node_running(node), keys.events], [node, holder]
+            "adopt", [keys.node(node), keys.leases, keys.node_running(node), keys.events, keys.wake], [node, holder]
         )
         return _to_owned(node, answer)
 

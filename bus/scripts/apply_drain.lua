@@ -9,6 +9,6 @@ elseif h[2] == 'bye' then
 elseif epoch ~= tonumber(h[1]) then
   return 'superseded'
 end
-call('HSET', node_key, 'state', 'draining')
+call('HSET', node_key, 'state', 'draining', 'drained_by', '')
 report(events_key, 'node_draining', node, 'drain', '')
 return 'applied'

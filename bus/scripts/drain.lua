@@ -2,5 +2,6 @@
 if call('HGET', KEYS[1], 'owner') ~= ARGV[1] then
   return 0
 end
-call('HSET', KEYS[1], 'state', 'draining')
+-- Its own decision, not an operator's: a relay that takes the node next may put it up again.
+call('HSET', KEYS[1], 'state', 'draining', 'drained_by', ARGV[1])
 return 1
