@@ -8,12 +8,13 @@ repeated more slowly: a person may mend it while the service runs. Anything else
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 from bus.link import LinkBusy, LinkClosed, LinkDown, ServerError
 
 LINK_PAUSE_S = 0.2
 SERVER_PAUSE_S = 1.0
+UNBLOCK_EVERY_S = 0.1
 
 log = logging.getLogger(__name__)
 
@@ -44,3 +45,14 @@ async def pause(stop: asyncio.Event, seconds: float) -> None:
     """Sleep, but not beyond the stop."""
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(stop.wait(), seconds)
+
+
+async def until_done(tasks: Iterable[asyncio.Task[None]], unblock: Callable[[], Awaitable[None]]) -> None:
+    """Wait for steps that have been told to stop; `unblock` ends their blocking reads, again for one that just began.
+
+    Waits for each read's own bound at most. Failures of the tasks are their group's to raise.
+    """
+    left = set(tasks)
+    while left:
+        await unblock()
+        _, left = await asyncio.wait(left, timeout=UNBLOCK_EVERY_S)

@@ -12,12 +12,12 @@ the truth, and `assign` checks again. Remembered is only which queues had jobs l
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import msgspec
 
 from bus.cell import Cell
-from bus.ids import ModelName, NodeId
+from bus.ids import JobId, ModelName, NodeId
 from bus.keys import QueueName, queue_model
 from bus.wire import Assigned, CellView, NodeView, NotAssigned, Pick, new_nonce
 from dispatcher.plan import ASSIGN_MAX, Choice, plan
@@ -187,16 +187,17 @@ class _Taken:
 def to_nodes(view: CellView) -> dict[ModelName, list[Node]]:
     """The nodes that may get jobs, by model; one object for a node that serves several."""
     nodes: dict[ModelName, list[Node]] = {}
+    lone = {job.job_id for one in view.queues for job in one.heads if job.alone}
     for one in view.nodes.values():
         if one.alive and one.leased and one.state == "up" and one.whole:
-            node = to_node(one, view.now_ms)
+            node = to_node(one, lone)
             for model in one.models:
                 nodes.setdefault(ModelName(model), []).append(node)
     return nodes
 
 
-def to_node(view: NodeView, now_ms: int) -> Node:
-    """A mark for a lone job that has lapsed may be stale: the node is offered, and `assign` knows."""
+def to_node(view: NodeView, lone: Collection[JobId]) -> Node:
+    """lone: waiting jobs that must run alone. A mark for another may be void: the node is offered, `assign` knows."""
     return Node(
         NodeId(view.node),
         view.capacity,
@@ -209,7 +210,7 @@ def to_node(view: NodeView, now_ms: int) -> Node:
         view.breaker_n > 0,
         view.breaker_until_ms,
         view.breaker_probe != "",
-        view.alone if view.alone_until_ms > now_ms else "",
+        view.alone if view.alone in lone else "",
         view.resume,
     )
 

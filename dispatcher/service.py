@@ -22,7 +22,7 @@ from bus.keys import CellKeys
 from bus.link import Link, LinkError, Reader, ServerAddress
 from bus.settings import Settings
 from bus.startup import prepare_server
-from bus.steady import keep_doing, pause
+from bus.steady import keep_doing, pause, until_done
 from bus.wire import SweepReport
 from dispatcher.front import FrontDoor
 from dispatcher.passes import Passes
@@ -73,17 +73,17 @@ class Dispatcher:
     async def run(self, parent: ParentLine) -> None:
         stop = parent.stop
         parent.lease(self._cell.cell, self._holder)  # told before it exists: a death in between must not leave it
-        async with asyncio.TaskGroup() as tasks:
-            for what, step in (
-                ("wake", self._wakes.step),
-                ("pass", self.passes.step),
-                ("front door", self._door.step),
-                ("lease", lambda: self._renew(stop)),
-                ("sweep", lambda: self._sweep(stop)),
-            ):
-                tasks.create_task(keep_doing(what, step, stop), name=what)
+        steps = {
+            "wake": self._wakes.step,
+            "pass": self.passes.step,
+            "front door": self._door.step,
+            "lease": lambda: self._renew(stop),
+            "sweep": lambda: self._sweep(stop),
+        }
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(keep_doing(what, step, stop), name=what) for what, step in steps.items()]
             await stop.wait()
-            await self._unblock()
+            await until_done(tasks, self._unblock)
         await self._leave(parent)
 
     async def _renew(self, stop: asyncio.Event) -> None:

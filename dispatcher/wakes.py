@@ -28,20 +28,17 @@ class Wakes:
         self._reader = reader
         self._passes = passes
         self._key = cell.keys.wake
-        self._last_id = ""  # "" = unknown: asked before the next read
+        self._last_id = ""
         self._generation = 0
         self._names: dict[bytes, QueueName | None] = {b"": None}  # what has been checked before
 
     async def step(self) -> None:
         """One read, at most BLOCK long."""
-        if not self._last_id:
-            self._last_id = await self._newest_id()
+        if self._reader.generation != self._generation or not self._last_id:
+            self._generation = self._reader.generation
+            self._last_id = await self._start_id()
             self._passes.look_again()
         batch = await self._reader.xread({self._key: self._last_id}, count=COUNT, block_ms=self._cell.settings.block_ms)
-        if self._reader.generation != self._generation:
-            self._generation = self._reader.generation
-            self._last_id = ""  # another connection, perhaps to a server that lost its last second
-            return
         if not batch:
             self._passes.look_again()
         for _, entries in batch:
@@ -49,9 +46,11 @@ class Wakes:
             for queue in {await self._queue_of(entry) for entry in entries}:
                 self._passes.wake(queue)
 
-    async def _newest_id(self) -> str:
+    async def _start_id(self) -> str:
+        """Where to go on: at the newest entry, or where we were, unless the server lost its last second."""
         newest = await self._cell.link.send("XREVRANGE", self._key, "+", "-", "COUNT", 1)
-        return newest[0][0].decode() if newest else "0-0"
+        newest_id = newest[0][0].decode() if newest else "0-0"
+        return newest_id if not self._last_id else min(self._last_id, newest_id, key=_order)
 
     async def _queue_of(self, entry: Entry) -> QueueName | None:
         """The queue that has work; None for room, and for an entry that is not ours, which is put away."""
@@ -76,3 +75,8 @@ def check_queue(name: QueueName) -> QueueName:
     if not is_model_name(model) or name not in {queue_name(model, priority) for priority in PRIORITIES}:
         raise ForeignEntry(f"queue {name[:80]!r} is none")
     return name
+
+
+def _order(entry_id: str) -> tuple[int, int]:
+    moment, _, sequence = entry_id.partition("-")
+    return int(moment), int(sequence)

@@ -29,7 +29,7 @@ from bus.keys import REGISTRY_GROUP, CellKeys
 from bus.link import Entry, Fields, Link, LinkError, Reader, ServerAddress, ServerError
 from bus.settings import Settings
 from bus.startup import prepare_server
-from bus.steady import keep_doing, pause
+from bus.steady import keep_doing, pause, until_done
 from bus.wire import Applied
 from registry_consumer.assignment import assign_layers
 from registry_consumer.fold import to_apply
@@ -78,11 +78,13 @@ class Registry:
         )
 
     async def run(self, stop: asyncio.Event) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(keep_doing("registry batch", self.step, stop), name="batches")
-            tasks.create_task(keep_doing("node removal", lambda: self._remove(stop), stop), name="removal")
+        async with asyncio.TaskGroup() as group:
+            steps = [
+                group.create_task(keep_doing("registry batch", self.step, stop), name="batches"),
+                group.create_task(keep_doing("node removal", lambda: self._remove(stop), stop), name="removal"),
+            ]
             await stop.wait()
-            await self._group.unblock()
+            await until_done(steps, self._group.unblock)
         try:
             await self._group.leave()
         except LinkError:
