@@ -12,6 +12,7 @@ sentinel_username and sentinel_password for sentinels with a login of their own.
 address are the server's. Special characters in them are percent-encoded.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from ipaddress import ip_address
@@ -22,6 +23,7 @@ from bus.link.errors import AddressError
 
 DEFAULT_PORT = 6379
 DEFAULT_SENTINEL_PORT = 26379
+NODES_KEPT = 32
 _OPTIONS = {
     "db",
     "ssl_ca_certs",
@@ -82,6 +84,10 @@ class ServerAddress:
     def at(self, endpoint: Endpoint) -> "ServerAddress":
         """The same login and TLS, but one plain server at `endpoint`."""
         return replace(self, kind=Kind.SINGLE, endpoints=(endpoint,), master_name="")
+
+    def with_nodes(self, nodes: Iterable[Endpoint]) -> "ServerAddress":
+        """A cluster's further nodes, so that it is found again when all that were named first are gone."""
+        return replace(self, endpoints=tuple(dict.fromkeys((*self.endpoints, *nodes)))[:NODES_KEPT])
 
     @property
     def is_local(self) -> bool:

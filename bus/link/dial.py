@@ -13,7 +13,7 @@ from redis.crc import key_slot
 
 from bus.link.address import Endpoint, Kind, ServerAddress
 from bus.link.errors import LinkDown, ServerError, to_server_error
-from bus.link.wire import ReplyError, Wire
+from bus.link.wire import Wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,7 @@ class ServerInfo:
     endpoint: Endpoint
     fields: Mapping[str, str]
     client_id: int  # of this connection, for CLIENT UNBLOCK and CLIENT KILL
+    nodes: tuple[Endpoint, ...] = ()  # masters of the cluster, if it was asked
 
     @property
     def run_id(self) -> str:
@@ -53,17 +54,20 @@ async def dial(
 async def _dial(
     address: ServerAddress, name: str, cell_key: str, timeout_s: float, hint: Endpoint | None
 ) -> tuple[AbstractConnection, ServerInfo]:
+    nodes: tuple[Endpoint, ...] = ()
     match address.kind:
         case Kind.SENTINEL:
-            candidates = [await ask_sentinels(address, timeout_s)]
+            endpoint = await ask_sentinels(address, timeout_s)
+        case Kind.CLUSTER if hint is not None:
+            endpoint = hint
         case Kind.CLUSTER:
-            candidates = [hint] if hint else [await ask_cluster(address, cell_key, timeout_s)]
+            endpoint, nodes = await ask_cluster(address, cell_key, timeout_s)
         case _:
-            candidates = list(address.endpoints)
-    connection = connection_to(address, candidates[0], name=name, timeout_s=timeout_s)
+            endpoint = address.endpoints[0]
+    connection = connection_to(address, endpoint, name=name, timeout_s=timeout_s)
     try:
         await open_connection(connection)
-        info = await _read_info(connection, candidates[0])
+        info = await _read_info(connection, endpoint, nodes)
         _check_usable(info)
         _raise_if_cancelled()
     except BaseException:
@@ -149,10 +153,10 @@ async def ask(connection: AbstractConnection, *command: str) -> Any:
         raise LinkDown(str(error), maybe_sent=True) from error
 
 
-async def _read_info(connection: AbstractConnection, endpoint: Endpoint) -> ServerInfo:
+async def _read_info(connection: AbstractConnection, endpoint: Endpoint, nodes: tuple[Endpoint, ...]) -> ServerInfo:
     raw = await ask(connection, "INFO")
     client_id = await ask(connection, "CLIENT", "ID")
-    return ServerInfo(endpoint, parse_info(raw), client_id)
+    return ServerInfo(endpoint, parse_info(raw), client_id, nodes)
 
 
 def parse_info(raw: bytes) -> dict[str, str]:
@@ -188,17 +192,21 @@ async def ask_sentinels(address: ServerAddress, timeout_s: float) -> Endpoint:
     raise LinkDown("no sentinel named the master: " + "; ".join(problems), maybe_sent=False)
 
 
-async def ask_cluster(address: ServerAddress, cell_key: str, timeout_s: float) -> Endpoint:
-    """The master of `cell_key`'s slot, from the first node that answers. Raises LinkDown when none does."""
+async def ask_cluster(address: ServerAddress, cell_key: str, timeout_s: float) -> tuple[Endpoint, tuple[Endpoint, ...]]:
+    """The master of `cell_key`'s slot and all masters, from the first node that answers.
+
+    Raises LinkDown when none does.
+    """
     slot = key_slot(cell_key.encode())
     problems = []
     for endpoint in address.endpoints:
         connection = connection_to(address, endpoint, name="", timeout_s=timeout_s / (len(address.endpoints) + 1))
         try:
             await open_connection(connection)
-            owner = owner_of(slot, await ask(connection, "CLUSTER", "SLOTS"), endpoint)
+            slots = await ask(connection, "CLUSTER", "SLOTS")
+            owner = owner_of(slot, slots, endpoint)
             if owner is not None:
-                return owner
+                return owner, masters_of(slots, endpoint)
             problems.append(f"{endpoint}: nobody owns slot {slot}")
         except LinkDown as error:
             problems.append(f"{endpoint}: {error}")
@@ -209,12 +217,13 @@ async def ask_cluster(address: ServerAddress, cell_key: str, timeout_s: float) -
 
 def owner_of(slot: int, slots: list[Any], asked: Endpoint) -> Endpoint | None:
     """The master's entry in a CLUSTER SLOTS reply; an empty or unknown host means the machine that was asked."""
-    for first, last, master, *_ in slots:
-        if first <= slot <= last:
-            host = (master[0] or b"").decode()
-            return Endpoint(host if host not in {"", "?"} else asked.host, int(master[1]))
-    return None
+    return next((_to_endpoint(master, asked) for first, last, master, *_ in slots if first <= slot <= last), None)
 
 
-def as_error(reply: ReplyError) -> ServerError:
-    return to_server_error(str(reply))
+def masters_of(slots: list[Any], asked: Endpoint) -> tuple[Endpoint, ...]:
+    return tuple(dict.fromkeys(_to_endpoint(master, asked) for _, _, master, *_ in slots))
+
+
+def _to_endpoint(node: list[Any], asked: Endpoint) -> Endpoint:
+    host = (node[0] or b"").decode()
+    return Endpoint(host if host not in {"", "?"} else asked.host, int(node[1]))

@@ -81,6 +81,7 @@ class Reader:
         if self._closed:
             await wire.release()
             raise LinkClosed("the reader was closed")
+        self.address = self.address.with_nodes(self.info.nodes)
         self.run_id = self.info.run_id
         self.generation += 1
         self._failures = 0

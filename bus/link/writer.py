@@ -329,6 +329,7 @@ class Link:
         wire, self.info = await dial(
             self.address, name=self.name, cell_key=self._cell_key, timeout_s=self._connect_timeout_s, hint=hint
         )
+        self.address = self.address.with_nodes(self.info.nodes)
         self._loaded.clear()
         self.run_id = self.info.run_id
         self.generation += 1

@@ -59,6 +59,17 @@ def test_a_cluster_is_found_through_any_of_the_nodes_named() -> None:
     assert address.tls is not None
 
 
+def test_nodes_learned_later_are_asked_after_the_named_ones() -> None:
+    named = ServerAddress.parse("redis+cluster://a:1,b:2")
+
+    assert named.with_nodes([Endpoint("b", 2), Endpoint("c", 3)]).endpoints == (
+        Endpoint("a", 1),
+        Endpoint("b", 2),
+        Endpoint("c", 3),
+    )
+    assert len(named.with_nodes(Endpoint("n", port) for port in range(1, 100)).endpoints) == 32
+
+
 def test_valkey_may_stand_for_redis() -> None:
     assert ServerAddress.parse("valkeys://h") == ServerAddress.parse("rediss://h")
     assert ServerAddress.parse("valkey+cluster://h") == ServerAddress.parse("redis+cluster://h")

@@ -7,7 +7,7 @@ import pytest
 from bus.link import Endpoint, ServerAddress, to_batch, to_entry
 from bus.link.backoff import backoff_s
 from bus.link.check import find_problem, parse_version
-from bus.link.dial import owner_of, parse_info, to_client_name
+from bus.link.dial import masters_of, owner_of, parse_info, to_client_name
 from bus.link.errors import to_server_error
 from bus.link.refusal import Asking, Elsewhere, Later, Refusal, Unknown, parse_refusal
 
@@ -62,6 +62,7 @@ def test_the_owner_of_a_slot_is_the_first_node_of_its_range() -> None:
     assert owner_of(8191, slots, ASKED) == Endpoint("a", 1)
     assert owner_of(8192, slots, ASKED) == Endpoint("10.0.0.7", 2)  # an empty host is the one that was asked
     assert owner_of(5, slots[1:], ASKED) is None
+    assert masters_of(slots, ASKED) == (Endpoint("a", 1), Endpoint("10.0.0.7", 2))
 
 
 def test_read_replies_become_keys_ids_and_named_fields() -> None:
