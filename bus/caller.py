@@ -29,6 +29,7 @@ from bus.following import Ended, Following
 from bus.ids import GatewayId, JobId, cell_of_model, new_job_id, parse_cell
 from bus.job_handle import Call, JobHandle
 from bus.jobs import ChatJob, estimate_new_tokens, estimate_prompt_tokens
+from bus.keys import CellKeys
 from bus.link import Link, LinkDown, LinkError, Reader, ServerAddress, ServerError
 from bus.settings import Settings
 from bus.wire import TERMINAL_STATES, Accepted, Attached, CancelResult, JobRecord, NotYours, Policy, Refused, Submission
@@ -301,7 +302,7 @@ class Caller:
 
     async def _start_cell(self, number: int) -> None:
         timeout_s = self.settings.connect_timeout_ms / 1000
-        key = f"millrace:{{c{number}}}:{self.out}"
+        key = CellKeys(number).out(self.out)
         link = await Link.connect(
             self._address,
             name=f"{self.id} c{number}",
