@@ -142,3 +142,21 @@ async def test_a_lost_machine_costs_one_lease(fleet: Fleet, own_server: ValkeySe
 
     assert answers == expected
     assert set((await ends_by_job(own_server)).values()) == {1}
+
+
+async def test_a_fleet_whose_data_is_wiped_is_whole_again_within_two_beats(
+    fleet: Fleet, own_server: ValkeyServer
+) -> None:
+    """FLUSHALL takes nodes, groups, queues and jobs; callers submit again, workers register by their beats."""
+    async with Client(own_server.url, settings=SETTINGS) as chats:
+        expected = await expected_answers(chats)
+
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+            running = group.create_task(chat_all(chats))
+            await asyncio.sleep(0.1)
+            own_server.call("FLUSHALL")
+            await wait_until(lambda: live_nodes(own_server, 2), timeout_s=2 * QUICK["beat_ms"] / 1000 + 1)
+        answers = running.result()
+
+    assert answers == expected
+    await wait_until(lambda: nothing_is_left(own_server), timeout_s=20)
