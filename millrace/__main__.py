@@ -1,4 +1,4 @@
-"""The `millrace` command: `up`, `stop`, `worker`, `keys`, `nodes`, `jobs`, `settings`. `millrace COMMAND --help` says more.
+"""The `millrace` command: `up`, `stop`, `worker`, `keys`, `nodes`, `jobs`, `settings`; `millrace COMMAND --help`.
 
 Reads the environment, and `.env` in the current folder under it, once; everything below is handed its settings.
 """

@@ -24,6 +24,6 @@ def banner(settings: Settings, ports: Mapping[str, int], key: str, url: str) -> 
         "",
         f"  curl {base}/v1/chat/completions -H 'Authorization: Bearer {key}' \\",
         "       -H 'Content-Type: application/json' \\",
-        f'       -d \'{{"model": "{settings.model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}\'',
+        '       -d \'{"messages": [{"role": "user", "content": "Hello!"}]}\'',
         "",
     ]

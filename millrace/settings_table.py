@@ -1,4 +1,4 @@
-"""`millrace settings`: all settings with their defaults and what is set now; with --markdown the table of the README."""
+"""`millrace settings`: all settings, defaults and what is set now; with --markdown the table of the README."""
 
 import dataclasses
 

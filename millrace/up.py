@@ -33,7 +33,7 @@ from millrace.probe import is_ready
 
 WARDEN_SCRIPT = Path(__file__).with_name("warden.py")
 OLD_FLEET_WAIT_S = 40.0  # a killed fleet's warden may still be ending its roles
-READY_POLL_S = 0.1
+READY_POLL_S = 0.25
 STILL_WAITING_S = 20.0
 STOP_MARGIN_S = 8.0
 SERVER_STOP_S = 20.0

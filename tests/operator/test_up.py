@@ -1,6 +1,7 @@
 """`millrace up` with a real embedded server and toy roles: starting, staying up, stopping, being killed."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -24,15 +25,14 @@ Start = Callable[..., UpProcess]
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Starts fleets in the test's folder and ends them all."""
-    started: list[UpProcess] = []
+    with contextlib.ExitStack() as endings:  # each is ended, even if ending another one fails
 
-    def make(*lines: str, **settings: str) -> UpProcess:
-        started.append(UpProcess(tmp_path, *lines, settings=settings))
-        return started[-1]
+        def make(*lines: str, **settings: str) -> UpProcess:
+            fleet = UpProcess(tmp_path, *lines, settings=settings)
+            endings.callback(fleet.close)
+            return fleet
 
-    yield make
-    for one in reversed(started):
-        one.close()
+        yield make
 
 
 def test_it_starts_everything_announces_it_and_ctrl_c_ends_it_in_order(start: Start) -> None:
