@@ -335,9 +335,10 @@ _COMPLETION_NEUTRAL: Mapping[str, Neutral] = {
 def _refuse_unsupported(fields: Mapping[str, Any], neutral: Mapping[str, Neutral]) -> None:
     # A tool list that may not be used changes nothing.
     tools_off = fields.get("tool_choice") == "none"
-    for name, is_neutral in neutral.items():
-        value = fields.get(name)
-        if value is None or is_neutral(value) or (name == "tools" and tools_off):
+    # A request has a handful of fields, the table dozens.
+    for name, value in fields.items():
+        is_neutral = neutral.get(name)
+        if is_neutral is None or value is None or is_neutral(value) or (name == "tools" and tools_off):
             continue
         raise BadRequest(name, f"{name} is not supported here with this value", "unsupported_value")
 
