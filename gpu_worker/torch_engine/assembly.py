@@ -98,7 +98,7 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def default_threads(cores: int) -> int:
-    """On one or two cores all of them: the loop needs little and the system shares fairly. Larger machines leave some."""
+    """One or two cores: all, since the loop needs little and the system shares fairly. Larger machines leave some."""
     return cores if cores <= 2 else cores - 1 if cores <= 8 else cores - 2
 
 

@@ -10,6 +10,10 @@ from gpu_worker.torch_engine.config import BLOCK_TOKENS
 from gpu_worker.torch_engine.kv_blocks import NULL_BLOCK
 from gpu_worker.torch_engine.scheduler import Plan, Work
 
+SPAN = 128  # query tokens of one attention group of a prefill chunk
+
+Span = tuple[Work, int, int]  # work, start, count
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
@@ -23,13 +27,13 @@ class Batch:
 
 
 def build_batch(plan: Plan, *, heads_per_kv_head: int, row_multiple: int, device: torch.device) -> Batch:
-    """Decode rows of like length become one attention group each; every prefill chunk is its own."""
+    """Decode rows of like length become one attention group each; of a prefill chunk every SPAN tokens are one."""
     by_tiles: dict[int, list[Work]] = {}
     for work in plan.decode:
         by_tiles.setdefault(round_tiles(tiles_for(work.start + 1)), []).append(work)
-    members = [(tiles, group) for tiles, group in sorted(by_tiles.items())]
-    members += [(tiles_for(work.start + work.count), [work]) for work in plan.prefill]
-    order = tuple(work for _, group in members for work in group)
+    members = [(tiles, [(work, work.start, 1) for work in group]) for tiles, group in sorted(by_tiles.items())]
+    members += [(tiles_for(start + count), [(work, start, count)]) for work in plan.prefill for start, count in spans(work)]
+    order = tuple(work for _, group in sorted(by_tiles.items()) for work in group) + plan.prefill
 
     groups, row = [], 0
     for tiles, group in members:
@@ -70,16 +74,22 @@ def round_tiles(tiles: int) -> int:
     return power if tiles == power else power * 3 // 2 if tiles <= power * 3 // 2 else power * 2
 
 
+def spans(work: Work) -> list[tuple[int, int]]:
+    """(start, count) of each piece of a chunk: scores stay small, and early pieces look at fewer keys."""
+    end = work.start + work.count
+    return [(start, min(SPAN, end - start)) for start in range(work.start, end, SPAN)]
+
+
 def _group(
-    group: list[Work], tiles: int, first_row: int, heads_per_kv_head: int, row_multiple: int, device: torch.device
+    group: list[Span], tiles: int, first_row: int, heads_per_kv_head: int, row_multiple: int, device: torch.device
 ) -> AttentionGroup:
-    per_sequence = group[0].count
+    per_sequence = group[0][2]
     width = tiles * BLOCKS_PER_TILE
     table: list[int] = []
-    for work in group:
+    for work, _, _ in group:
         owned = work.sequence.blocks[:width]
         table += owned + [NULL_BLOCK] * (width - len(owned))
-    starts = torch.tensor([work.start for work in group], device=device)
+    starts = torch.tensor([start for _, start, _ in group], device=device)
     return AttentionGroup(
         first_row=first_row,
         sequences=len(group),

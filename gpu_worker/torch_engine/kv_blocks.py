@@ -84,7 +84,7 @@ class BlockPool:
             self.hash_of[block] = name
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Give up one reference on each. Later blocks age first: a shorter shared prefix is worth more than its tail."""
+        """Give up one reference on each. Later blocks age first: a shared prefix is worth more than its tail."""
         for block in reversed(blocks):
             if self.references[block] < 1:
                 raise BlockTableError(f"block {block} released, but nobody owns it")

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 RowOp = Callable[[Tensor], Tensor]  # (rows, in) -> (rows, out)
 TILE_ROWS = 16
 MULTIPLES = (1, 2, 4, 8, 16)
-PROBE_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 16, 24, 31, 32, 48, 63, 64, 100, 128)
+PROBE_ROWS = (1, 2, 3, 4, 5, 8, 12, 16, 31, 32, 64)
 
 
 class Linear:

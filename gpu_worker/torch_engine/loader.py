@@ -52,7 +52,8 @@ class TensorSource:
         if tuple(tensor.shape) != shape:
             raise EngineStartError(f"tensor {name} has shape {tuple(tensor.shape)}, expected {shape}")
         self._untaken.discard(name)
-        return tensor.to(self._device, self._dtype)
+        # A copy even if nothing changes: a view would keep the whole file mapped, and counted as our memory.
+        return tensor.to(self._device, self._dtype, copy=True)
 
     def check_all_taken(self, *, ignore: Callable[[str], bool]) -> None:
         left = sorted(name for name in self._untaken if not ignore(name))
@@ -99,7 +100,15 @@ def load_weights(
             head = factory.build(matrix)
         source.check_all_taken(ignore=lambda name: _belongs_elsewhere(name, config, layers))
         progress(1.0)
-    return ModelWeights(tuple(loaded), embedding if first else None, norm, head)
+    return ModelWeights(tuple(loaded), compact(embedding) if first else None, norm, head)
+
+
+def compact(embedding: Tensor | None) -> Tensor | None:
+    """Half the memory, if the values came from float16: rows are only looked up, never multiplied in this form."""
+    if embedding is None or embedding.dtype != torch.float32:
+        return embedding
+    half = embedding.to(torch.float16)
+    return half if torch.equal(half.to(torch.float32), embedding) else embedding
 
 
 def _load_layer(source: TensorSource, config: ModelConfig, index: int, factory: LinearFactory) -> LayerWeights:

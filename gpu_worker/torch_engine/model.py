@@ -36,7 +36,7 @@ class ModelWeights:
     """`embedding` is there if the range holds the first layer; `norm` and `head` if it holds the last."""
 
     layers: tuple[LayerWeights, ...]
-    embedding: Tensor | None  # (V, D)
+    embedding: Tensor | None  # (V, D), in whatever dtype holds it exactly
     norm: Tensor | None  # (D,)
     head: Linear | None  # D -> V
 
@@ -48,12 +48,13 @@ class Decoder:
         self.config = config
         self.weights = weights
         self.cos, self.sin = rotary_tables(config, context, device, dtype)
+        self.dtype = dtype
         self.scale = config.head_dim**-0.5
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(T,) -> (T, D). Only for a range that holds the first layer."""
         assert self.weights.embedding is not None
-        return functional.embedding(tokens, self.weights.embedding)
+        return functional.embedding(tokens, self.weights.embedding).to(self.dtype)
 
     def forward(self, hidden: Tensor, batch: Batch, cache: KVCache) -> Tensor:
         """(T, D) -> (T, D) through the layers of this range; keys and values are written on the way."""

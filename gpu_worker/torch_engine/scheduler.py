@@ -1,11 +1,11 @@
 """Which tokens the next step computes. Pure: no tensors, no clock.
 
-One step is one flat batch `[decode rows | prefill chunks]` of at most `chunk_max` prompt tokens beside the decode rows,
-so running answers go on while prompts come in. In this order:
+One step is one flat batch `[decode rows | prefill chunks]` of at most `chunk_max` prompt tokens beside the decode
+rows, so running answers go on while prompts come in. In this order:
 
 1. Running sequences, oldest first, get blocks for their next tokens. When none are free the youngest running sequence
-   is preempted: its blocks go back, its tokens stay, and it waits at the front to be computed again. The oldest is never
-   preempted for a younger one, so there is always progress.
+   is preempted: its blocks go back, its tokens stay, and it waits at the front to be computed again. The oldest is
+   never preempted for a younger one, so there is always progress.
 2. Waiting sequences are admitted, first come first served, while a slot, tokens of the budget and blocks for all they
    hold so far plus one free block per running sequence are there. Full blocks that others computed are reused.
 
