@@ -17,10 +17,13 @@ addresses, host names (`gpu.lan`), their subdomains (`*.gpu.lan`), the word `pub
 services, link-local, multicast and unspecified addresses are never called, not even with `*`.
 """
 
+import asyncio
 import dataclasses
 import ipaddress
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Self
 
@@ -257,6 +260,32 @@ def check_answers(host: str, answers: list[ResolveResult], policy: AddressPolicy
     return answers
 
 
+class PoolResolver(AbstractResolver):
+    """The system's resolver in threads of its own: a name whose server is silent holds up no other name.
+
+    (uvloop resolves in libuv's pool of four threads, which all of the process shares.)
+    """
+
+    def __init__(self, threads_max: int = 64) -> None:
+        self._pool = ThreadPoolExecutor(threads_max, "resolve")
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        """Raises OSError if there is no such name."""
+        ask = partial(socket.getaddrinfo, host, port, family, socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
+        answers = await asyncio.get_running_loop().run_in_executor(self._pool, ask)
+        return [
+            ResolveResult(
+                hostname=host, host=str(found[0]), port=port, family=kind, proto=proto, flags=socket.AI_NUMERICHOST
+            )
+            for kind, _, proto, _, found in answers
+        ]
+
+    async def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
 class GuardedResolver(AbstractResolver):
     """Hands out only addresses that the policy permits. Raises AddressRefused; OSError if there is no such name."""
 
@@ -289,7 +318,7 @@ def guarded_session(
     connections_per_host_max: int = 0,
     inner: AbstractResolver | None = None,
 ) -> aiohttp.ClientSession:
-    """A session that calls permitted addresses only: no proxy, no cookies, no decompression, nothing unbounded.
+    """A session that calls permitted addresses only: no proxy, no cookies, no decompression, no connection used twice.
 
     The caller sets the timeouts of each request and passes `allow_redirects=False`. Must be made inside a running
     event loop; the caller closes it. Requests raise AddressRefused beside aiohttp's own errors.
@@ -299,9 +328,13 @@ def guarded_session(
         _check_url(request.url, policy)
         return await handler(request)
 
-    resolver = GuardedResolver(policy, inner if inner is not None else aiohttp.ThreadedResolver())
+    resolver = GuardedResolver(policy, inner if inner is not None else PoolResolver())
     connector = aiohttp.TCPConnector(
-        resolver=resolver, limit=connections_max, limit_per_host=connections_per_host_max, socket_factory=open_socket
+        resolver=resolver,
+        limit=connections_max,
+        limit_per_host=connections_per_host_max,
+        socket_factory=open_socket,
+        force_close=True,
     )
     return aiohttp.ClientSession(
         connector=connector,

@@ -1,7 +1,9 @@
 """One HTTP call to a node, with a bound on everything a node could do to hold us: a thin shell around `wire`.
 
-Bounds: connect, first byte, silence between two reads, the call as a whole, bytes of the answer. Whatever goes wrong
-leaves as CallFailed; CancelledError passes through and closes the connection, which is how a node learns of a cancel.
+Bounds: connect, first byte, silence between two reads, time without text, the call as a whole, bytes of the answer.
+Whatever goes wrong leaves as CallFailed; CancelledError passes through and closes the connection, which is how a node
+learns of a cancel. Connections are not used twice: a POST on one that the node is just closing would look like the
+node's failure, and cannot be repeated blindly.
 """
 
 import asyncio
@@ -40,6 +42,11 @@ class RelayLimits:
     first_byte_s: float = 60.0
     idle_s: float = 30.0
     total_s: float = 600.0
+
+    @property
+    def no_text_s(self) -> float:
+        """Pings keep a call open while a node prefills, but not for ever."""
+        return 2 * max(self.first_byte_s, self.idle_s)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
@@ -127,14 +134,17 @@ class NodeCalls:
         received = 0
         until, what = first, "the first byte"
         finished = False
+        text_until = time.monotonic() + self._limits.no_text_s
         while True:
             try:
-                raw = await self._within(min(until, deadline), response.content.readany(), what)
+                raw = await self._within(min(until, text_until, deadline), response.content.readany(), what)
                 events = parser.feed(raw) if raw else parser.close()
                 for event in events:
                     chunk = read_event(event)
                     yield chunk
                     finished = finished or bool(chunk.finish)
+                    if chunk.text:
+                        text_until = time.monotonic() + self._limits.no_text_s
                     if chunk.done:
                         return
             except (CallFailed, aiohttp.ClientError, OSError):

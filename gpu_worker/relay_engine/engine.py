@@ -100,14 +100,16 @@ class RelayEngine:
         return self._outbox.batches()
 
     def load(self) -> EngineLoad:
-        running = sum(active.calling for active in self._active.values())
+        """Also called from the lease thread, hence the copy."""
+        active = list(self._active.values())
+        running = sum(one.calling for one in active)
         return EngineLoad(
             prefill_rate=self._meter.prefill_rate,
             decode_rate=self._meter.decode_rate,
             capacity=self._node.capacity,
             running=running,
-            waiting=len(self._active) - running,
-            idle=not self._active,
+            waiting=len(active) - running,
+            idle=not active,
             # Each call is bounded by itself and ends in an error, so a deaf node never makes a deaf relay.
             last_progress_s=time.monotonic(),
         )

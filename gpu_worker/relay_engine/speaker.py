@@ -124,8 +124,15 @@ class NodeSpeaker:
         again: bool = False,
         spent: int = 0,
     ) -> End:
-        """One call. again: its answer begins at the start. spent: tokens of the text before it. Raises CallFailed."""
+        """One call. again: its answer begins at the start. spent: tokens of the text before it. Raises CallFailed.
+
+        What nobody reads yet is kept until the end if another node could only say it again, perhaps in other words:
+        then a lost node costs time, but never an `interrupted` answer.
+        """
         job = request.job
+        kept = bytearray()
+        keeps = not job.stream and job.prompt is None and api.continuation == "none"
+        publish = kept.extend if keeps else listener.publish
         answer = Answer(request.forced_text, job.stop, job.max_tokens, again=again)
         tally = Tally(estimate_prompt_tokens(job))
         started = time.monotonic()
@@ -135,14 +142,14 @@ class NodeSpeaker:
                 tally.count(chunk)
                 if chunk.text:
                     self._measure(tally, time.monotonic(), started)
-                    listener.publish(answer.feed(chunk.text))
+                    publish(answer.feed(chunk.text))
                     await listener.room()
                 if answer.ended:
                     break
         reason = answer.ended or tally.reason
         if not reason:
             raise NodeBroke("the node ended its answer before it was complete")
-        listener.publish(answer.finish())
+        listener.publish(bytes(kept) + answer.finish())
         size = answer.offset if again else answer.offset - len(request.forced_text)
         return End(reason, tally.prompt_tokens, spent + tally.new_tokens(size, streamed=outgoing.streams))
 

@@ -239,6 +239,14 @@ async def test_a_permitted_name_is_called_at_the_address_that_was_checked(server
     assert names.asked == 1
 
 
+async def test_a_name_is_resolved_by_the_system_and_checked(server: TestServer) -> None:
+    async with guarded_session(AddressPolicy.parse("127.0.0.0/8,::1")) as session:
+        async with session.get(f"http://localhost:{server.port}/") as response:
+            assert await response.text() == "hello"
+        with pytest.raises(aiohttp.ClientConnectorDNSError):
+            await session.get("http://no-such-name.invalid/")
+
+
 async def test_a_name_that_resolves_to_loopback_is_not_called_by_default(server: TestServer) -> None:
     async with guarded_session(PUBLIC, inner=Names("127.0.0.1")) as session:
         with pytest.raises(AddressRefused):

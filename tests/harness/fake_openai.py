@@ -52,6 +52,7 @@ class Knobs:
     garbage_at: int | None = None  # sends what is no JSON
     end_at: int | None = None  # ends the body in good order, but without finish_reason and [DONE]
     huge: bool = False  # sends without end
+    pings: bool = False  # sends comments for ever, and no text
     no_done: bool = False
     no_finish: bool = False
     no_models: bool = False
@@ -256,6 +257,9 @@ class FakeNode:
         if chat:
             yield self._event({"role": "assistant", "content": ""}, chat=chat)
         yield ": a comment\n\n"
+        while knobs.pings:
+            await asyncio.sleep(0.05)
+            yield ": ping\n\n"
         for number, token in enumerate(plan.tokens):
             await asyncio.sleep(knobs.delay_ms / 1000)
             if number == knobs.silent_at:

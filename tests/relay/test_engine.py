@@ -47,6 +47,7 @@ class Bench:
 
     def submit(self, sequence: str = "s", shown: bytes = b"", **job: Any) -> None:
         fields: dict[str, Any] = {"model": ModelName("fake"), "messages": (Message("user", PROMPT),), "max_tokens": 12}
+        fields["stream"] = True
         request = GenerateRequest(sequence, ChatJob(**fields | job), seed=7, forced_text=shown)
         self.pieces[sequence] = []
         self.engine.submit(request)
@@ -222,6 +223,26 @@ async def test_what_was_said_before_the_trouble_is_published(bench: Bench, node:
     node.turn(break_at=5, delay_ms=2)
 
     assert (await bench.run()).text == expected(5)
+
+
+@pytest.mark.parametrize("continues", [True, False])
+async def test_text_that_nobody_reads_yet_is_kept_if_another_node_could_only_say_it_again(
+    bench: Bench, node: FakeNode, continues: bool
+) -> None:
+    """So a whole answer never ends as `interrupted` because its first node was lost."""
+    node.turn(break_at=5, delay_ms=2, owned_by="vllm" if continues else "fake")
+
+    assert (await bench.run(stream=False)).text == (expected(5) if continues else b"")
+    node.turn(break_at=None)
+    assert (await bench.run(stream=False)).text == expected()
+
+
+async def test_a_node_that_only_pings_is_silent(bench: Bench, node: FakeNode) -> None:
+    node.turn(pings=True)
+    began = time.monotonic()
+
+    assert (await bench.run()).end.error_code == "node_silent"
+    assert time.monotonic() - began < 2.5
 
 
 async def test_a_node_that_is_not_there_is_the_nodes_fault(bench: Bench, node: FakeNode) -> None:
