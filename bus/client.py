@@ -45,6 +45,7 @@ class Piece(msgspec.Struct, frozen=True):
     text: str
     job_id: str
     offset: int
+    node: str  # where the present attempt runs
 
 
 class ChatError(Exception):
@@ -150,7 +151,7 @@ class Client:
             async for event in handle:
                 match event:
                     case TextDelta():
-                        yield Piece(event.text.decode("utf-8", "replace"), handle.job_id, event.end)
+                        yield Piece(event.text.decode("utf-8", "replace"), handle.job_id, event.end, handle.node)
                     case Detached():
                         message = f"the stream was taken over by {event.by}"
                         raise ChatError("taken_over", message, job_id=handle.job_id)
