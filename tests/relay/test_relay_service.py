@@ -42,9 +42,9 @@ class House:
     """Everything but the gateways, in this process; and one caller."""
 
     def __init__(self, server: ValkeyServer, caller: Caller) -> None:
-        self.settings = SETTINGS.changed(redis_url=server.url)
+        self.settings = caller.settings.changed(redis_url=server.url)
         self.caller = caller
-        self.cell: Cell = caller.cells[0]
+        self.cell: Cell = caller.cell_of(MODEL)
         self._roles: list[tuple[asyncio.Task[None], ParentLine]] = []
 
     def start(self, role: Any, **settings: Any) -> ParentLine:
@@ -111,10 +111,9 @@ def expected(tokens: int = 12, prompt: str = PROMPT) -> str:
     return answer_text(prompt, tokens)
 
 
-@pytest.fixture
-async def house(server: ValkeyServer) -> AsyncIterator[House]:
-    caller = Caller(ServerAddress.parse(server.url), SETTINGS)
-    async with caller:
+@contextlib.asynccontextmanager
+async def open_house(server: ValkeyServer, **settings: Any) -> AsyncIterator[House]:
+    async with Caller(ServerAddress.parse(server.url), SETTINGS.changed(**settings)) as caller:
         made = House(server, caller)
         made.start(run_registry)
         made.start(run_dispatcher)
@@ -122,6 +121,12 @@ async def house(server: ValkeyServer) -> AsyncIterator[House]:
             yield made
         finally:
             await made.close()
+
+
+@pytest.fixture
+async def house(server: ValkeyServer) -> AsyncIterator[House]:
+    async with open_house(server) as made:
+        yield made
 
 
 @pytest.fixture
@@ -214,6 +219,7 @@ async def test_a_black_hole_does_not_eat_jobs_because_its_load_looks_low(
     assert len(good.calls) == 10
 
 
+@pytest.mark.slow
 async def test_a_node_that_came_back_is_tried_again_and_used(
     house: House, relay: ParentLine, nodes: tuple[FakeNode, FakeNode]
 ) -> None:
@@ -360,3 +366,47 @@ async def test_beats_of_the_owner_keep_the_node_alive(
         return (await house.view("a")).last_beat_ms > before
 
     await wait_until(has_beaten)
+
+
+async def test_a_relay_serves_the_nodes_of_all_cells(server: ValkeyServer, nodes: tuple[FakeNode, FakeNode]) -> None:
+    async with open_house(server, cells=3) as house:
+        house.start(run_relay, node_id="r1")
+        assert house.cell.cell != 0, "or this test shows nothing"
+        await house.register("a", nodes[0].url)
+
+        assert (await text_of(await house.chat()))[0] == expected()
+
+
+async def test_after_a_flush_a_node_registers_again_and_is_served(
+    server: ValkeyServer, house: House, relay: ParentLine, nodes: tuple[FakeNode, FakeNode]
+) -> None:
+    await house.register("a", nodes[0].url)
+    await text_of(await house.chat())
+
+    server.call("FLUSHALL")
+    await asyncio.sleep(1.5)  # a look or two without any node
+    assert await house.cell.node_names() == []
+    assert await house.cell.link.send("EXISTS", house.cell.keys.node(NodeId("a"))) == 0, "and nobody recreates it"
+    await house.register("a", nodes[1].url)
+
+    assert (await text_of(await house.chat()))[0] == expected()
+    assert nodes[1].calls
+
+
+@pytest.mark.slow
+async def test_a_server_that_is_killed_and_comes_back_costs_no_answer(
+    own_server: ValkeyServer, nodes: tuple[FakeNode, FakeNode]
+) -> None:
+    async with open_house(own_server) as house:
+        house.start(run_relay, node_id="r1")
+        nodes[0].turn(delay_ms=50)
+        await house.register("a", nodes[0].url)
+        await asyncio.sleep(1.2)  # AOF everysec
+        handle = await house.chat(max_tokens=40)
+        await wait_until(lambda: nodes[0].calls and nodes[0].calls[0].tokens_sent > 5)
+
+        own_server.kill()
+        own_server.start()
+
+        text, finished = await text_of(handle, timeout_s=30)
+        assert text == expected(40) and finished.ended.state == "done"
