@@ -1,4 +1,4 @@
-"""`millrace nodes` and `millrace jobs`: what the server knows, asked once. The dashboard shows it as it moves."""
+"""`millrace nodes` and `millrace jobs`: what the server knows, asked once."""
 
 import time
 from collections.abc import AsyncIterator
