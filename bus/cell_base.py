@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from bus.ids import Fence, Holder, JobId, NodeId
-from bus.keys import CellKeys, QueueName
+from bus.keys import PRIORITY_AGAIN, CellKeys, QueueName, queue_name
 from bus.link import Link
 from bus.scripts import load_script
 from bus.settings import Settings
@@ -21,8 +21,19 @@ class JobPlace(msgspec.Struct, frozen=True):
 
     fence: Fence
     route: Route
-    node: str
-    queue: str
+    text: str  # the field `place`: "queue <name> <entry>" | "queue <name>" | "node <id> <owner> <entry>"
+    model: str
+
+    @property
+    def node(self) -> str:
+        words = self.text.split(" ")
+        return words[1] if words[0] == "node" else ""
+
+    @property
+    def queue(self) -> QueueName:
+        """Where it waits; for one that runs, where it would wait again."""
+        words = self.text.split(" ")
+        return QueueName(words[1]) if words[0] == "queue" else queue_name(self.model, PRIORITY_AGAIN)
 
 
 class CellBase:
@@ -36,12 +47,11 @@ class CellBase:
         return await self.link.script(load_script(name), keys, args)
 
     async def _place(self, job_id: JobId) -> JobPlace | None:
-        names = ("attempt", "nonce", "route", "node", "queue")
-        values = await self.link.send("HMGET", self.keys.job(job_id), *names)
+        values = await self.link.send("HMGET", self.keys.job(job_id), "fence", "route", "place", "spec")
         if values[0] is None:
             return None
-        attempt, nonce, route, node, queue = ((value or b"").decode() for value in values)
-        return JobPlace(Fence(f"{attempt}.{nonce}"), parse_route(route), node, queue)
+        fence, route, place, spec = (value.decode() for value in values)
+        return JobPlace(Fence(fence), parse_route(route), place, spec.partition(" ")[0])
 
     def _route_keys(self, job_id: JobId, route: Route) -> tuple[str, str, str, str]:
         """out, gateway's set, usage, quota; the job's own key stands for one that it has not."""
@@ -59,8 +69,7 @@ class CellBase:
         keys = self.keys
         own = keys.job(job_id)
         out, gateway_jobs, usage, quota = self._route_keys(job_id, place.route)
-        queue = QueueName(place.queue)
-        again = QueueName(f"{place.queue.rpartition(':')[0]}:0")
+        again = queue_name(place.model, PRIORITY_AGAIN)
         node = NodeId(place.node)
         if place.node:
             of_node = [keys.node(node), keys.node_running(node), keys.node_load(node), keys.node_jobs(node)]
@@ -70,7 +79,7 @@ class CellBase:
         return [
             *(own, out, gateway_jobs, usage, quota, keys.payload(job_id)),
             *(keys.text(job_id, place.fence), keys.tokens(job_id, place.fence), keys.deadlines, keys.late),
-            *(keys.queue(queue), keys.queue(again), keys.queues, keys.wake),
+            *(keys.queue(place.queue), keys.queue(again), keys.queues, keys.wake),
             *of_node,
             *(keys.dead, keys.events),
         ]
@@ -90,7 +99,7 @@ class CellBase:
             if fence is not None and place.fence != fence:
                 return [b"not", b"fence"]
             common: list[str | bytes | int] = [
-                *(job_id, place.fence, place.route.encode(), place.node, place.queue, self.keys.prefix),
+                *(job_id, place.fence, place.route.encode(), place.text, self.keys.prefix),
                 *(settings.out_ttl_ms, settings.result_ttl_ms, TEXT_IN_END_MAX),
                 *(settings.dead_keep_ms, settings.node_keep_ms),
             ]

@@ -15,13 +15,13 @@ from bus.wire import (
     Unknown,
     WrongGateway,
     parse_route,
+    parse_spec,
     unpack_tokens,
 )
 
 RECORD_FIELDS = (
-    *("state", "attempt", "nonce", "route", "model", "queue", "stream", "policy", "created", "deadline", "started"),
-    *("ended", "seed", "node", "owner", "cancel", "crashes", "node_errors", "relay_losses", "avoid", "alone", "reason"),
-    *("prompt_tokens", "new_tokens", "error_code", "error_message", "score"),
+    *("state", "fence", "route", "place", "spec", "result", "started", "cancel", "crashes", "node_errors"),
+    *("relay_losses", "avoid", "alone", "error_code", "error_message", "score"),
 )
 
 
@@ -111,22 +111,25 @@ def _to_record(job_id: JobId, values: Mapping[str, bytes], text_len: int) -> Job
     def number(name: str) -> int:
         return int(values[name] or 0)
 
+    spec = parse_spec(text("spec"))
+    where, name, *rest = text("place").split(" ")
+    reason, prompt_tokens, new_tokens, ended, last_node = (text("result") or " 0 0 0 ").split(" ")
     return JobRecord(
         job_id=job_id,
         state=text("state"),  # type: ignore[arg-type]  # written by our scripts only
-        fence=Fence(f"{text('attempt')}.{text('nonce')}"),
+        fence=Fence(text("fence")),
         route=parse_route(text("route")),
-        model=text("model"),
-        queue=text("queue"),
-        stream=values["stream"] == b"1",
-        policy=text("policy"),
-        created_ms=number("created"),
-        deadline_ms=number("deadline"),
+        model=spec.model,
+        queue=name if where == "queue" else "",
+        stream=spec.stream,
+        policy=spec.policy,
+        created_ms=spec.created_ms,
+        deadline_ms=spec.deadline_ms,
         started_ms=number("started"),
-        ended_ms=number("ended"),
-        seed=number("seed"),
-        node=text("node"),
-        owner=text("owner"),
+        ended_ms=int(ended),
+        seed=spec.seed,
+        node=name if where == "node" else last_node,
+        owner=rest[0] if where == "node" else "",
         cancel=text("cancel"),
         crashes=number("crashes"),
         node_errors=number("node_errors"),
@@ -134,9 +137,9 @@ def _to_record(job_id: JobId, values: Mapping[str, bytes], text_len: int) -> Job
         avoid=tuple(text("avoid").split()),
         alone=values["alone"] == b"1",
         text_len=text_len,
-        reason=text("reason"),
-        prompt_tokens=number("prompt_tokens"),
-        new_tokens=number("new_tokens"),
+        reason=reason,
+        prompt_tokens=int(prompt_tokens),
+        new_tokens=int(new_tokens),
         error_code=text("error_code"),
         error_message=text("error_message"),
         score=values["score"],

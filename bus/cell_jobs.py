@@ -156,7 +156,7 @@ class JobCalls(CellBase):
             keys.text(s.job_id, make_fence(s.attempt_floor, "r")),
         ]
         args: list[str | bytes | int] = [
-            *(s.job_id, queue, s.job.model, s.route.encode(), s.policy, "1" if s.job.stream else ""),
+            *(s.job_id, queue, s.job.model, s.route.encode(), s.policy, "s" if s.job.stream else ""),
             *(secrets.randbits(31) if seed is None else seed, s.est_prompt, s.est_new, encode_job(s.job), keys.prefix),
             *(s.deadline_in_ms, s.deadline_at_ms, settings.queue_max, settings.node_ttl_ms, settings.job_keep_ms),
             *(s.quota_max, record, "1" if s.redrive else "", s.attempt_floor if s.redrive else 0),

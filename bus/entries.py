@@ -11,7 +11,7 @@ import msgspec
 from bus.events import ForeignEntry
 from bus.ids import Fence, Holder, JobId, NodeId
 from bus.keys import QueueName
-from bus.wire import QueuedJob, Route, parse_route
+from bus.wire import QueuedJob, Route, parse_route, parse_spec
 
 Fields = Mapping[str, bytes]
 Parsed = TypeVar("Parsed")
@@ -99,10 +99,11 @@ class Control(msgspec.Struct, frozen=True):
 
 
 class Wake(msgspec.Struct, frozen=True):
-    """Work appeared (queue and job), or capacity did (both empty)."""
+    """Work appeared (queue and job), or capacity did (both empty). A new job brings its queue entry along."""
 
     queue: QueueName
     job_id: str
+    head: QueuedJob | None = None
 
 
 def _guard(parse: Callable[[], Parsed]) -> Parsed:
@@ -163,22 +164,25 @@ def _parse_end(fields: Fields) -> End:
 
 
 def parse_assignment(entry_id: str, fields: Fields) -> Assignment:
-    return _guard(
-        lambda: Assignment(
-            entry_id=entry_id,
-            job_id=JobId(fields["job"].decode()),
-            fence=Fence(fields["fence"].decode()),
-            owner=Holder(fields["owner"].decode()),
-            route=parse_route(fields["route"].decode()),
-            stream=fields["stream"] == b"1",
-            seed=int(fields["seed"]),
-            deadline_ms=int(fields["deadline"]),
-            text_len=int(fields["text_len"]),
-            token_len=int(fields["token_len"]),
-            est_prompt=int(fields["est_prompt"]),
-            est_new=int(fields["est_new"]),
-            payload=fields["payload"],
-        )
+    return _guard(lambda: _parse_assignment(entry_id, fields))
+
+
+def _parse_assignment(entry_id: str, fields: Fields) -> Assignment:
+    spec = parse_spec(fields["spec"].decode())
+    return Assignment(
+        entry_id=entry_id,
+        job_id=JobId(fields["job"].decode()),
+        fence=Fence(fields["fence"].decode()),
+        owner=Holder(fields["owner"].decode()),
+        route=parse_route(fields["route"].decode()),
+        stream=spec.stream,
+        seed=spec.seed,
+        deadline_ms=spec.deadline_ms,
+        text_len=int(fields["text_len"]),
+        token_len=int(fields["token_len"]),
+        est_prompt=spec.est_prompt,
+        est_new=spec.est_new,
+        payload=fields["payload"],
     )
 
 
@@ -196,7 +200,23 @@ def parse_control(fields: Fields) -> Control:
 
 
 def parse_wake(fields: Fields) -> Wake:
-    return _guard(lambda: Wake(queue=QueueName(fields["queue"].decode()), job_id=fields["job"].decode()))
+    return _guard(lambda: _parse_wake(fields))
+
+
+def _parse_wake(fields: Fields) -> Wake:
+    queue, job_id = QueueName(fields["queue"].decode()), fields["job"].decode()
+    if "entry" not in fields:
+        return Wake(queue, job_id)
+    head = QueuedJob(
+        fields["entry"].decode(),
+        JobId(job_id),
+        Fence(fields["fence"].decode()),
+        fields["out"].decode(),
+        int(fields["est_prompt"]),
+        int(fields["est_new"]),
+        int(fields["deadline"]),
+    )
+    return Wake(queue, job_id, head)
 
 
 def parse_queued(entry_id: str, fields: Fields) -> QueuedJob:

@@ -47,6 +47,34 @@ def parse_route(text: str) -> Route:
     return Route(out=out, gateway=GatewayId(gateway), address=unquote(address), key_id=unquote(key_id))
 
 
+class Spec(msgspec.Struct, frozen=True):
+    """What is fixed at submit: one text in the job hash and in the node's entry, as `_base.lua` describes it."""
+
+    model: str
+    stream: bool
+    policy: str
+    seed: int
+    created_ms: int
+    deadline_ms: int
+    est_prompt: int
+    est_new: int
+
+
+def parse_spec(text: str) -> Spec:
+    """Raises ValueError on a foreign text."""
+    model, flags, policy, seed, created, deadline, est_prompt, est_new = text.split(" ")
+    return Spec(
+        model=model,
+        stream="s" in flags,
+        policy=policy,
+        seed=int(seed),
+        created_ms=int(created),
+        deadline_ms=int(deadline),
+        est_prompt=int(est_prompt),
+        est_new=int(est_new),
+    )
+
+
 def new_nonce() -> str:
     return secrets.token_hex(5)
 

@@ -40,6 +40,15 @@ local function has_word(words, word)
   return words and find(' ' .. words .. ' ', ' ' .. word .. ' ', 1, true) ~= nil
 end
 
+-- What is fixed at submit, packed in one field because each field of a hash costs: model, flags (s = streams,
+-- i = an idempotency record names it, b = its payload has a key of its own, - = none), policy, seed, created, deadline,
+-- estimated prompt and new tokens.
+local SPEC = '^(%S+) (%S+) (%S+) (%S+) (%S+) (%S+) (%S+) (%S+)$'
+
+-- Where a job is, in one field: "queue <name> <entry>", "queue <name>" while held back, "node <id> <owner> <entry>".
+local ON_NODE = '^node (%S+) (%S+) (%S+)$'
+local IN_QUEUE = '^queue (%S+) ?(%S*)$'
+
 -- The out-stream's name: the first word of a route.
 local function out_of(route)
   local space = find(route, ' ', 1, true)

@@ -1,21 +1,29 @@
 -- use: _event _node
 -- What requeue, cancel, expire and release share: the keys of one job, wherever it is, and its end.
--- The caller has read route, node, queue and fence from the job; when they have changed since, `moved`: read again.
+-- The caller has read fence, route and place from the job; when they have changed since, `moved`: read again.
 local job_key, out_key, set_key, usage_key, quota_key, payload_key, text_key, tokens_key, deadlines_key, late_key,
   queue_key, again_key, queues_key, wake_key, node_key, running_key, load_key, jobs_key, control_key, dead_key,
   events_key = unpack(KEYS, 1, 21)
-local job_id, fence, route, node, queue, prefix = unpack(ARGV, 1, 6)
-local out_ttl, result_ttl, text_max, dead_keep, node_keep = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9]),
-  tonumber(ARGV[10]), tonumber(ARGV[11])
+local job_id, fence, route, place, prefix = unpack(ARGV, 1, 5)
+local out_ttl, result_ttl, text_max, dead_keep, node_keep = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8]),
+  tonumber(ARGV[9]), tonumber(ARGV[10])
 local member = job_id .. '/' .. fence
 
-local names = {'state', 'attempt', 'nonce', 'route', 'node', 'queue', 'entry', 'deadline', 'stream', 'cancel', 'idem',
-  'started', 'model', 'crashes', 'node_errors', 'relay_losses', 'avoid', 'alone', 'resume', 'est_prompt', 'est_new',
-  'owner', 'policy'}
+local names = {'state', 'fence', 'route', 'place', 'spec', 'cancel', 'started', 'crashes', 'node_errors',
+  'relay_losses', 'avoid', 'alone', 'resume'}
 local values = call('HMGET', job_key, unpack(names))
 local job = {}
 for i, name in ipairs(names) do
   job[name] = values[i] or ''
+end
+local flags
+job.model, flags, job.policy, job.seed, job.created, job.deadline, job.est_prompt, job.est_new = string.match(job.spec, SPEC)
+local streams, remembered = find(flags or '', 's', 1, true), find(flags or '', 'i', 1, true)
+local node, node_entry, queue_entry = '', '', ''
+node, job.owner, node_entry = string.match(job.place, ON_NODE)
+node = node or ''
+if node == '' then
+  queue_entry = select(2, string.match(job.place, IN_QUEUE)) or ''
 end
 
 -- nil if the job is where the caller thinks and not ended, else the answer.
@@ -24,7 +32,7 @@ local function elsewhere()
     return {'unknown'}
   elseif job.state ~= 'queued' and job.state ~= 'running' then
     return {'ended', job.state}
-  elseif job.attempt .. '.' .. job.nonce ~= fence or job.route ~= route or job.node ~= node or job.queue ~= queue then
+  elseif job.fence ~= fence or job.route ~= route or job.place ~= place then
     return {'moved'}
   end
   return nil
@@ -35,11 +43,11 @@ local function leave()
   if job.state == 'running' then
     call('ZREM', running_key, member)
     call('HDEL', load_key, member)
-    call('XACK', jobs_key, 'workers', job.entry)
-    call('XDEL', jobs_key, job.entry)
+    call('XACK', jobs_key, 'workers', node_entry)
+    call('XDEL', jobs_key, node_entry)
   else
-    if job.entry ~= '' then
-      call('XDEL', queue_key, job.entry)
+    if queue_entry ~= '' then
+      call('XDEL', queue_key, queue_entry)
     end
     call('ZREM', late_key, job_id)
   end
@@ -65,19 +73,19 @@ local function end_job(state, reason, code, message)
     call('ZREM', quota_key, job_id)
   end
   call('DEL', tokens_key, payload_key)
-  local ttl = job.idem ~= '' and math.max(result_ttl, call('PTTL', job_key)) or result_ttl
+  local ttl = remembered and math.max(result_ttl, call('PTTL', job_key)) or result_ttl
   local text_len = call('STRLEN', text_key)
   if text_len > 0 then
     call('PEXPIRE', text_key, ttl)
   end
-  call('HSET', job_key, 'state', state, 'reason', reason, 'text_len', text_len, 'error_code', code,
-    'error_message', message, 'ended', now, 'payload', '', 'entry', '')
+  call('HSET', job_key, 'state', state, 'payload', '', 'result', concat({reason, 0, 0, now, node}, ' '),
+    'error_code', code, 'error_message', message)
   call('PEXPIRE', job_key, ttl)
   if usage_key ~= job_key then
     call('HINCRBY', usage_key, 'jobs', 1)
   end
   local whole = ''
-  if job.stream ~= '1' and text_len > 0 and text_len <= text_max then
+  if not streams and text_len > 0 and text_len <= text_max then
     whole = call('GET', text_key)
   end
   send(out_key, out_ttl, 'type', 'end', 'job', job_id, 'fence', fence, 'state', state, 'reason', reason,
@@ -102,6 +110,7 @@ local function enqueue(due)
       'resume', resume)
     call('SADD', queues_key, name)
   end
-  call('HSET', job_key, 'state', 'queued', 'queue', name, 'entry', entry, 'node', '', 'owner', '', 'started', '')
+  call('HSET', job_key, 'state', 'queued', 'place', entry == '' and 'queue ' .. name or 'queue ' .. name .. ' ' .. entry,
+    'started', '')
   wake(due > 0 and '' or name, due > 0 and '' or job_id)
 end

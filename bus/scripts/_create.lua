@@ -7,6 +7,16 @@ local deadline_in, deadline_at, queue_max, node_ttl, job_keep, quota_max = tonum
   tonumber(ARGV[14]), tonumber(ARGV[15]), tonumber(ARGV[16]), tonumber(ARGV[17])
 local idem, redrive, attempt_floor, shown, gateway = ARGV[18], ARGV[19] == '1', ARGV[20], ARGV[21], ARGV[22]
 
+-- The job of this id, if there is one.
+local function existing()
+  local h = call('HMGET', job_key, 'state', 'fence', 'spec', 'route')
+  if not h[1] then
+    return nil
+  end
+  local _, _, _, _, _, deadline = string.match(h[3], SPEC)
+  return {'existing', h[1], h[2], deadline, h[4]}
+end
+
 -- "0-3, 7": the layers that no living node of the model holds.
 local function missing_layers()
   local held, count = {}, 0
@@ -70,20 +80,19 @@ local function refuse(answer)
   return answer
 end
 
+-- Answers the fence and the deadline.
 local function create(waiting)
   local deadline = deadline_at > 0 and deadline_at or now + deadline_in
-  local nonce = redrive and 'r' or '0'
-  local out = out_of(route)
-  local entry = call('XADD', queue_key, '*', 'job', job_id, 'fence', attempt_floor .. '.' .. nonce, 'out', out,
+  local fence = attempt_floor .. (redrive and '.r' or '.0')
+  local entry = call('XADD', queue_key, '*', 'job', job_id, 'fence', fence, 'out', out_of(route),
     'est_prompt', est_prompt, 'est_new', est_new, 'deadline', deadline, 'alone', '', 'avoided', '', 'resume', '')
   local big = #payload > 8192
-  call('HSET', job_key, 'state', 'queued', 'attempt', attempt_floor, 'nonce', nonce, 'route', route,
-    'entry', entry, 'model', model, 'queue', queue, 'stream', stream, 'policy', policy, 'seed', seed,
-    'created', now, 'deadline', deadline, 'est_prompt', est_prompt, 'est_new', est_new,
-    'payload', big and '' or payload, 'idem', idem ~= '' and '1' or '')
+  local flags = stream .. (idem ~= '' and 'i' or '') .. (big and 'b' or '')
+  local spec = concat({model, flags == '' and '-' or flags, policy, seed, now, deadline, est_prompt, est_new}, ' ')
+  call('HSET', job_key, 'state', 'queued', 'fence', fence, 'route', route, 'place', 'queue ' .. queue .. ' ' .. entry,
+    'spec', spec, 'payload', big and '' or payload)
   call('PEXPIREAT', job_key, deadline + job_keep)
   if big then
-    call('HSET', job_key, 'big', '1')
     call('SET', payload_key, payload, 'PX', math.max(1, deadline + job_keep - now))
   end
   if shown ~= '' then
@@ -102,6 +111,9 @@ local function create(waiting)
     call('ZADD', quota_key, deadline, job_id)
     keep(quota_key, math.max(60000, deadline - now + 120000))
   end
-  call('XADD', wake_key, 'MAXLEN', '~', 1000, '*', 'queue', queue, 'job', job_id)
-  return deadline
+  -- The wake of a new job carries its queue entry, so that a dispatcher that knows the nodes need not look.
+  call('XADD', wake_key, 'MAXLEN', '~', 1000, '*', 'queue', queue, 'job', job_id, 'entry', entry,
+    'fence', fence, 'out', out_of(route), 'est_prompt', est_prompt, 'est_new', est_new,
+    'deadline', deadline)
+  return fence, deadline
 end

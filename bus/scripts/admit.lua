@@ -19,11 +19,11 @@ local function say(state, reason, code, message, retry_after)
     'retry_after_ms', retry_after, 'text', '')
 end
 
-local h = call('HMGET', job_key, 'state', 'attempt', 'nonce', 'deadline', 'route')
-if h[1] then
+local found = existing()
+if found then
   take_away()
-  say('duplicate', h[1], 'duplicate', 'a job with this id exists; it is ' .. h[1], 0)
-  return {'existing', h[1], h[2] .. '.' .. h[3], h[4], h[5]}
+  say('duplicate', found[2], 'duplicate', 'a job with this id exists; it is ' .. found[2], 0)
+  return found
 end
 local waiting = call('XLEN', queue_key)
 local kind = call('TYPE', out_key).ok
@@ -44,5 +44,5 @@ if answer then
   return answer
 end
 take_away()
-local deadline = create(waiting)
-return {'new', 'queued', attempt_floor .. '.0', deadline}
+local fence, deadline = create(waiting)
+return {'new', 'queued', fence, deadline}

@@ -22,11 +22,11 @@ local function kept_for(key, id, running_key, alone, alone_until)
   if not filled(alone) then
     return nil
   end
-  local j = call('HMGET', prefix .. 'job:' .. alone, 'state', 'node', 'attempt', 'nonce')
+  local j = call('HMGET', prefix .. 'job:' .. alone, 'state', 'place', 'fence')
   if j[1] == 'queued' and tonumber(alone_until or 0) > now then
     return alone
   end
-  if j[1] == 'running' and j[2] == id and call('ZSCORE', running_key, alone .. '/' .. j[3] .. '.' .. j[4]) then
+  if j[1] == 'running' and string.match(j[2], ON_NODE) == id and call('ZSCORE', running_key, alone .. '/' .. j[3]) then
     return alone
   end
   return nil
@@ -133,39 +133,40 @@ for i = 1, pick_count do
     p.old_text, p.old_tokens, p.text, p.tokens = unpack(KEYS, key_at + 1, key_at + 4)
     key_at = key_at + 4
   end
-  local h = call('HMGET', p.job, 'state', 'attempt', 'nonce', 'route', 'entry', 'deadline', 'stream', 'seed',
-    'est_prompt', 'est_new', 'payload', 'alone', 'avoid', 'resume')
+  local h = call('HMGET', p.job, 'state', 'fence', 'route', 'place', 'spec', 'payload', 'alone', 'avoid', 'resume')
   p.h = h
   if not h[1] then
     answers[i] = {'gone'}
     dropped[#dropped + 1] = entry
-  elseif h[1] ~= 'queued' or h[5] ~= entry or taken[job_id] then
+  elseif h[1] ~= 'queued' or select(2, string.match(h[4], IN_QUEUE)) ~= entry or taken[job_id] then
     answers[i] = {'not_queued'}
     dropped[#dropped + 1] = entry
-  elseif h[2] .. '.' .. h[3] ~= fence then
+  elseif h[2] ~= fence then
     answers[i] = {'changed'}
-  elseif tonumber(h[6]) <= now then
-    answers[i] = {'deadline'}
-  elseif out_of(h[4]) ~= out then
-    answers[i] = {'out', out_of(h[4])}
+  elseif out_of(h[3]) ~= out then
+    answers[i] = {'out', out_of(h[3])}
   else
-    local n, waits
-    if filled(h[12]) then
+    local n, waits, late
+    local _, _, _, _, _, deadline, est_prompt, est_new = string.match(h[5], SPEC)
+    if tonumber(deadline) <= now then
+      late = true
+    elseif filled(h[7]) then
       n, waits = choose_alone(job_id, indexes)
       if n then
         n.alone = job_id
         marks[#marks + 1] = {n.key, job_id}
       end
     else
-      n = choose(h[13], indexes)
+      n = choose(h[8], indexes)
     end
-    if not n then
+    if late then
+      answers[i] = {'deadline'}
+    elseif not n then
       answers[i] = {'no_room'}
     elseif waits then
       answers[i] = {'alone'}
     else
-      local attempt = tonumber(h[2]) + 1
-      p.attempt, p.nonce, p.fence, p.node = attempt, nonce, attempt .. '.' .. nonce, n
+      p.fence, p.node = string.match(fence, '^(%d+)') + 1 .. '.' .. nonce, n
       local member = job_id .. '/' .. p.fence
       n.running = n.running + 1
       if n.half_open then
@@ -175,7 +176,7 @@ for i = 1, pick_count do
       n.scores[#n.scores + 1] = now + unread_ms
       n.scores[#n.scores + 1] = member
       n.loads[#n.loads + 1] = member
-      n.loads[#n.loads + 1] = math.min(tonumber(h[9]), 9999999) * 10000000 + math.min(tonumber(h[10]), 9999999)
+      n.loads[#n.loads + 1] = math.min(tonumber(est_prompt), 9999999) * 10000000 + math.min(tonumber(est_new), 9999999)
       taken[job_id] = true
       dropped[#dropped + 1] = entry
       chosen[#chosen + 1] = p
@@ -225,13 +226,12 @@ for _, p in ipairs(chosen) do
   local h, n = p.h, p.node
   local text_len, token_len, resume = 0, 0, n.resume
   if p.old_text then
-    text_len, token_len, resume = copy_progress(p, h[14])
+    text_len, token_len, resume = copy_progress(p, h[9])
   end
-  local node_entry = call('XADD', n.jobs_key, '*', 'job', p.job_id, 'fence', p.fence, 'owner', n.owner, 'route', h[4],
-    'stream', h[7], 'seed', h[8], 'deadline', h[6], 'text_len', text_len, 'token_len', token_len,
-    'est_prompt', h[9], 'est_new', h[10], 'payload', h[11])
-  call('HSET', p.job, 'state', 'running', 'attempt', p.attempt, 'nonce', p.nonce, 'node', n.id, 'owner', n.owner,
-    'entry', node_entry, 'score', p.score, 'resume', resume)
+  local node_entry = call('XADD', n.jobs_key, '*', 'job', p.job_id, 'fence', p.fence, 'owner', n.owner, 'route', h[3],
+    'spec', h[5], 'text_len', text_len, 'token_len', token_len, 'payload', h[6])
+  call('HSET', p.job, 'state', 'running', 'fence', p.fence, 'place', concat({'node', n.id, n.owner, node_entry}, ' '),
+    'score', p.score, 'resume', resume)
   send(p.out, out_ttl, 'type', 'marker', 'job', p.job_id, 'fence', p.fence, 'node', n.id, 'text_len', text_len,
     'token_len', token_len)
 end

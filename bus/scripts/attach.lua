@@ -5,14 +5,15 @@
 local job_key, out_key, set_key, old_out, old_set, text_key, tokens_key = unpack(KEYS, 1, 7)
 local job_id, fence, old_route, new_route, gateway = unpack(ARGV, 1, 5)
 local out_ttl, job_keep = tonumber(ARGV[6]), tonumber(ARGV[7])
-local h = call('HMGET', job_key, 'state', 'attempt', 'nonce', 'route', 'deadline', 'node', 'stream')
+local h = call('HMGET', job_key, 'state', 'fence', 'route', 'spec', 'place')
 if not h[1] then
   return {'unknown'}
 elseif h[1] ~= 'queued' and h[1] ~= 'running' then
   return {'ended', h[1]}
-elseif h[2] .. '.' .. h[3] ~= fence or h[4] ~= old_route then
+elseif h[2] ~= fence or h[3] ~= old_route then
   return {'moved'}
 end
+local _, _, _, _, _, deadline = string.match(h[4], SPEC)
 local text_len = call('STRLEN', text_key)
 if old_set ~= job_key and old_set ~= set_key then
   call('SREM', old_set, job_id)
@@ -24,9 +25,9 @@ if old_route ~= new_route then
   end
 end
 call('SADD', set_key, job_id)
-keep(set_key, math.max(60000, h[5] - now + job_keep))
+keep(set_key, math.max(60000, deadline - now + job_keep))
 if h[1] == 'running' then
-  send(out_key, out_ttl, 'type', 'marker', 'job', job_id, 'fence', fence, 'node', h[6] or '', 'text_len', text_len,
+  send(out_key, out_ttl, 'type', 'marker', 'job', job_id, 'fence', fence, 'node', string.match(h[5], ON_NODE) or '', 'text_len', text_len,
     'token_len', floor(call('STRLEN', tokens_key) / 4))
 end
-return {'attached', h[1], fence, text_len, h[5]}
+return {'attached', h[1], fence, text_len, deadline}

@@ -1,7 +1,7 @@
 -- use: _change
 -- queued: ended at once. running: flag and control entry; the slot is held until the worker's finish.
 -- Answers {'ended', state}, {'cancelling'}, {'gateway', name}, {'kept'}, {'moved'}, {'unknown'}, {'ended', state, 'earlier'}.
-local by, only_gateway, lapsed = ARGV[12], ARGV[13], ARGV[14] == '1'
+local by, only_gateway, lapsed = ARGV[11], ARGV[12], ARGV[13] == '1'
 
 local answer = elsewhere()
 if answer then

@@ -24,18 +24,17 @@ local function decide(i)
   p.job, p.text_key, p.tokens_key, p.payload_key, p.out, p.set, p.usage, p.quota = unpack(KEYS, k + 1, k + KEYS_EACH)
   p.job_id, p.fence, p.route, p.text_at, p.text, p.reason, p.prompt_tokens, p.new_tokens, p.code, p.message, p.fault =
     unpack(ARGV, a + 1, a + ARGS_EACH)
-  local h = call('HMGET', p.job, 'state', 'attempt', 'nonce', 'route', 'stream', 'cancel', 'entry', 'model', 'idem',
-    'started', 'big')
+  local h = call('HMGET', p.job, 'state', 'fence', 'route', 'place', 'spec', 'cancel', 'started')
   if not h[1] then
     return {3, 'unknown'}
-  elseif h[2] .. '.' .. h[3] ~= p.fence then
+  elseif h[2] ~= p.fence then
     return {3, 'fence'}
   elseif h[1] == 'queued' then
     return {3, 'queued'}
   elseif h[1] ~= 'running' or seen[p.job_id] then
     return {1, seen[p.job_id] or h[1]}
-  elseif h[4] ~= p.route then
-    return {4, h[4]}
+  elseif h[3] ~= p.route then
+    return {4, h[3]}
   end
   p.text_len = call('STRLEN', p.text_key)
   local text_at = tonumber(p.text_at)
@@ -43,9 +42,10 @@ local function decide(i)
     return {2, p.text_len, floor(call('STRLEN', p.tokens_key) / 4)}
   end
   p.new = sub(p.text, p.text_len - text_at + 1)
-  p.stream, p.idem = h[5] == '1', filled(h[9])
-  -- A first attempt that never flushed has no tokens to delete; `big` says that the payload has a key of its own.
-  p.clean = not (filled(h[10]) or tonumber(h[2]) > 1 or h[11])
+  local model, flags = string.match(h[5], SPEC)
+  p.stream, p.idem = find(flags, 's', 1, true), find(flags, 'i', 1, true)
+  -- A first attempt that never flushed has no tokens to delete; `b` says that the payload has a key of its own.
+  p.clean = not filled(h[7]) and sub(p.fence, 1, 2) == '1.' and not find(flags, 'b', 1, true)
   if filled(h[6]) then
     p.state, p.reason, p.code, p.message = 'cancelled', 'cancelled', '', ''
   elseif p.reason == 'cancelled' then
@@ -59,8 +59,8 @@ local function decide(i)
   ending[#ending + 1] = p
   members[#members + 1] = p.job_id .. '/' .. p.fence
   ids[#ids + 1] = p.job_id
-  entries[#entries + 1] = h[7]
-  models[h[8]] = true
+  entries[#entries + 1] = select(3, string.match(h[4], ON_NODE))
+  models[model] = true
   if p.set ~= p.job then
     sets[p.set] = sets[p.set] or {}
     local set = sets[p.set]
@@ -118,8 +118,11 @@ for _, p in ipairs(ending) do
   p.ttl = p.idem and math.max(result_ttl, call('PTTL', p.job)) or result_ttl
   local before = p.text_len
   local total, whole = store_text(p)
-  call('HSET', p.job, 'state', p.state, 'reason', p.reason, 'text_len', total, 'prompt_tokens', p.prompt_tokens,
-    'new_tokens', p.new_tokens, 'error_code', p.code, 'error_message', p.message, 'ended', now, 'payload', '')
+  call('HSET', p.job, 'state', p.state, 'payload', '',
+    'result', concat({p.reason, p.prompt_tokens, p.new_tokens, now, ARGV[9]}, ' '))
+  if p.code ~= '' then
+    call('HSET', p.job, 'error_code', p.code, 'error_message', p.message)
+  end
   call('PEXPIRE', p.job, p.ttl)
   if p.usage ~= p.job then
     call('HINCRBY', p.usage, 'jobs', 1)

@@ -19,19 +19,20 @@ local answers, extended = {}, {}
 local function flush(key_at, arg_at)
   local job_key, text_key, tokens_key, out_key = unpack(KEYS, key_at + 1, key_at + 4)
   local job_id, fence, route, text_at, text, token_at, tokens = unpack(ARGV, arg_at + 1, arg_at + 7)
-  local h = call('HMGET', job_key, 'state', 'attempt', 'nonce', 'route', 'stream', 'resume', 'deadline', 'started')
+  local h = call('HMGET', job_key, 'state', 'fence', 'route', 'spec', 'resume', 'started')
   if not h[1] then
     return {3, 'unknown'}
   elseif h[1] ~= 'running' then
     return {3, h[1]}
-  elseif h[2] .. '.' .. h[3] ~= fence then
+  elseif h[2] ~= fence then
     return {3, 'fence'}
-  elseif h[4] ~= route then
-    return {4, h[4]}
+  elseif h[3] ~= route then
+    return {4, h[3]}
   end
+  local _, flags, _, _, _, deadline = string.match(h[4], SPEC)
   local text_len = call('STRLEN', text_key)
   -- Without a digest token ids are of no use to anybody, and after a loss of tokens there is nothing to append to.
-  local keeps_tokens = filled(h[6])
+  local keeps_tokens = filled(h[5])
   local token_len = keeps_tokens and floor(call('STRLEN', tokens_key) / 4) or 0
   text_at, token_at = tonumber(text_at), tonumber(token_at)
   if text_at > text_len or (keeps_tokens and token_at > token_len) then
@@ -44,7 +45,7 @@ local function flush(key_at, arg_at)
     if count > 0 then
       call('APPEND', tokens_key, new)
       if token_len == 0 then
-        call('PEXPIREAT', tokens_key, h[7] + job_keep)
+        call('PEXPIREAT', tokens_key, deadline + job_keep)
       end
       token_len = token_len + count
     end
@@ -53,14 +54,14 @@ local function flush(key_at, arg_at)
   if new ~= '' then
     call('APPEND', text_key, new)
     if text_len == 0 then
-      call('PEXPIREAT', text_key, h[7] + job_keep)
+      call('PEXPIREAT', text_key, deadline + job_keep)
     end
-    if h[5] == '1' then
+    if find(flags, 's', 1, true) then
       send(out_key, out_ttl, 'type', 'frame', 'job', job_id, 'fence', fence, 'offset', text_len, 'text', new, 'count', count)
     end
     text_len = text_len + #new
   end
-  if not filled(h[8]) then
+  if not filled(h[6]) then
     call('HSET', job_key, 'started', now)
   end
   extended[#extended + 1] = now + lease_ms

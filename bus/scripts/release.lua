@@ -9,7 +9,7 @@ if answer then
   return answer
 end
 local due = call('ZSCORE', late_key, job_id)
-if job.state ~= 'queued' or job.entry ~= '' then
+if job.state ~= 'queued' or queue_entry ~= '' then
   call('ZREM', late_key, job_id)
   return {'not', job.state}
 elseif due and tonumber(due) > now then

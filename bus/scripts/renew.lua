@@ -13,13 +13,13 @@ for i = 1, #KEYS - 3 do
   local job_id, fence = ARGV[3 + i * 2], ARGV[4 + i * 2]
   local member = job_id .. '/' .. fence
   listed[member] = true
-  local h = call('HMGET', KEYS[3 + i], 'state', 'attempt', 'nonce', 'cancel', 'started')
+  local h = call('HMGET', KEYS[3 + i], 'state', 'fence', 'cancel', 'started')
   local why
   if not h[1] then
     why = 'unknown'
   elseif h[1] ~= 'running' then
     why = h[1]
-  elseif h[2] .. '.' .. h[3] ~= fence then
+  elseif h[2] ~= fence then
     why = 'fence'
   elseif not call('ZSCORE', KEYS[3], member) then
     why = 'unknown'
@@ -30,10 +30,10 @@ for i = 1, #KEYS - 3 do
   else
     extended[#extended + 1] = expiry
     extended[#extended + 1] = member
-    if filled(h[4]) then
+    if filled(h[3]) then
       cancel[#cancel + 1] = member
     end
-    if not filled(h[5]) then
+    if not filled(h[4]) then
       begun[#begun + 1] = KEYS[3 + i]
     end
   end

@@ -2,9 +2,9 @@
 -- Hand a running attempt back. The only rule that retries a job.
 -- why: crash | node_error | drain | unread | relay_lost, or `expired` and `down`, which are resolved here.
 -- Answers {'requeued', why, due, alone}, {'ended', state}, {'not', state}, {'moved'}, {'unknown'}.
-local why, detail = ARGV[12], ARGV[13]
-local backoff_ms, node_errors_max, crashes_max, breaker_ms, breaker_max = tonumber(ARGV[14]), tonumber(ARGV[15]),
-  tonumber(ARGV[16]), tonumber(ARGV[17]), tonumber(ARGV[18])
+local why, detail = ARGV[11], ARGV[12]
+local backoff_ms, node_errors_max, crashes_max, breaker_ms, breaker_max = tonumber(ARGV[13]), tonumber(ARGV[14]),
+  tonumber(ARGV[15]), tonumber(ARGV[16]), tonumber(ARGV[17])
 
 local function is_held()
   local score = call('ZSCORE', running_key, member)
