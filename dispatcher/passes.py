@@ -3,59 +3,74 @@
                 wakes, timeouts, membership, due times
                               |  (which queues; many wakes make one pass)
     wait --> look --> plan (pure) --> assign --> jobs left and room for them? --> look ...
-      ^                                             | no
-      '---------------------------------------------'
+      |                 ^                           | no
+      | new jobs, nodes |                           |
+      '--known (Board)--' <-------------------------'
 
-One pass is two round trips for up to 64 jobs. Nothing is remembered about nodes between passes: the server's view is
-the truth, and `assign` checks again. Remembered is only which queues had jobs left, to look there when room appears.
+One pass is two round trips for up to 64 jobs, or one, when wakes brought the jobs and the nodes were looked at a moment
+ago. The server's view is the truth and `assign` checks every choice, so what is remembered here may be wrong.
 """
 
 import asyncio
 import logging
-from collections.abc import Collection, Sequence
-
-import msgspec
+from collections.abc import Mapping, Sequence
 
 from bus.cell import Cell
-from bus.ids import JobId, ModelName, NodeId
-from bus.keys import QueueName, queue_model
-from bus.wire import Assigned, CellView, NodeView, NotAssigned, Pick, new_nonce
+from bus.ids import ModelName
+from bus.keys import PRIORITIES, QueueName, queue_model, queue_name
+from bus.wire import Assigned, CellView, NotAssigned, QueuedJob, QueueView
+from dispatcher.board import FRESH_MS, Board
 from dispatcher.plan import ASSIGN_MAX, Choice, plan
 from dispatcher.rank import Draw, Node, is_open
 from dispatcher.sharing import Share
+from dispatcher.views import to_nodes, to_pick
 
 SETTLED = {"gone", "not_queued"}  # the entry is no longer in the queue
 
 log = logging.getLogger(__name__)
-_encode = msgspec.json.Encoder().encode
 
 
 class Passes:
     """The passes of one dispatcher over one cell. `wake` and `look_again` may be called at any time."""
 
-    def __init__(self, cell: Cell, share: Share, draw: Draw) -> None:
+    def __init__(self, cell: Cell, share: Share, draw: Draw, fresh_ms: float = FRESH_MS) -> None:
         self.share = share
         self.assigned = 0  # jobs since the start
+        self.looks = 0
         self._cell = cell
         self._draw = draw
         self._turn = 0
+        self._board = Board(fresh_ms)
         self._everything = True
-        self._woken: set[QueueName] = set()
-        self._left: set[QueueName] = set()  # queues whose jobs found no room in the last pass
+        self._woken: set[QueueName] = set()  # to be looked at
+        self._fresh: dict[QueueName, list[QueuedJob]] = {}  # brought by wakes
+        self._left: set[QueueName] = set()  # had jobs left after the last look
+        self._stuck: set[QueueName] = set()  # of these, those without room: more jobs change nothing
         self._event = asyncio.Event()
         self._event.set()
         self._due: asyncio.TimerHandle | None = None
 
-    def wake(self, queue: QueueName | None) -> None:
-        """Work appeared in this queue; None: room appeared somewhere."""
-        if queue is None:
-            self._woken |= self._left
-        elif self.share.owns(queue):
-            self._woken.add(queue)
-        else:
+    def wake(self, queue: QueueName, job: QueuedJob | None) -> None:
+        """Work appeared in this queue; `job` is its entry, if the wake brought it."""
+        if not self.share.owns(queue):
             self.look_again_in(self._cell.settings.take_over_ms / 1000)
-            return
-        self._event.set()
+        elif queue not in self._stuck:
+            if job is None or self._waits(queue_model(queue)):
+                self._woken.add(queue)
+            else:
+                self._fresh.setdefault(queue, []).append(job)
+            self._event.set()
+
+    def wake_room(self) -> None:
+        """Room appeared somewhere."""
+        if self._left:
+            self._woken |= self._left
+            self._event.set()
+
+    def _waits(self, model: ModelName) -> bool:
+        """Whether jobs of the model that came earlier may be waiting."""
+        queues = {queue_name(model, priority) for priority in PRIORITIES}
+        return not queues.isdisjoint(self._left) or not queues.isdisjoint(self._woken)
 
     def look_again(self) -> None:
         """Look at every queue as soon as the pass in hand is done."""
@@ -84,28 +99,59 @@ class Passes:
         self._event.clear()
         await self.run_pass()
 
-    async def run_pass(self) -> int:
-        """One pass over what was woken. Returns how many jobs it assigned."""
+    async def run_pass(self) -> None:
+        """One pass over what was woken."""
         everything, self._everything = self._everything, False
         woken, self._woken = self._woken, set()
-        if not everything and not woken:
-            return 0
+        fresh, self._fresh = self._news(), {}
+        if not (everything or woken or fresh):
+            return
+        self._turn += 1
         try:
-            return await self._look_and_assign(() if everything else tuple(woken))
+            nodes = None if everything or woken else self._board.nodes_for(map(queue_model, fresh), self._clock_ms())
+            if nodes is not None:
+                await self._assign_fresh(fresh, nodes)
+            else:
+                await self._look_and_assign(() if everything else tuple({*woken, *fresh}))
         except BaseException:
             self.look_again()  # what this pass took up must not be forgotten
             raise
 
-    async def _look_and_assign(self, queues: Sequence[QueueName]) -> int:
-        self._turn += 1
+    def _news(self) -> dict[QueueName, list[QueuedJob]]:
+        """The jobs that wakes brought, but for those that a look has shown meanwhile."""
+        news: dict[QueueName, list[QueuedJob]] = {}
+        for queue, jobs in self._fresh.items():
+            unseen = [job for job in jobs if self._board.is_news(queue, job)]
+            if unseen and queue not in self._stuck:
+                news[queue] = unseen
+        return news
+
+    async def _assign_fresh(
+        self, fresh: Mapping[QueueName, Sequence[QueuedJob]], nodes: Mapping[ModelName, Sequence[Node]]
+    ) -> None:
+        """Without a look. What does not find a node this way is looked for."""
+        views = [QueueView(queue, len(jobs), tuple(jobs)) for queue, jobs in fresh.items()]
+        taken = await self._assign(plan(views, nodes, self._board.now_ms(self._clock_ms()), self._turn, self._draw))
+        for view in views:
+            if taken.settled.get(view.queue, 0) < view.length:
+                self._woken.add(view.queue)
+                self._event.set()
+        self._log(taken, "fresh", sum(view.length for view in views))
+
+    async def _look_and_assign(self, queues: Sequence[QueueName]) -> None:
+        self.looks += 1
         view = await self._cell.look(queues, ASSIGN_MAX)
         nodes = to_nodes(view)
         take_over_ms = self._cell.settings.take_over_ms
         mine = [one for one in view.queues if self.share.serves(one, view.now_ms, take_over_ms)]
-        choices = plan(mine, nodes, view.now_ms, self._turn, self._draw)
-        taken = await self._assign(choices)
+        taken = await self._assign(plan(mine, nodes, view.now_ms, self._turn, self._draw))
+        self._board.remember(view, nodes, self._clock_ms())
         self._note(view, queues, {one.queue: one.length for one in mine}, nodes, taken)
-        return sum(taken.assigned.values())
+        self._log(taken, "looked", sum(one.length for one in mine))
+
+    @staticmethod
+    def _clock_ms() -> float:
+        return asyncio.get_running_loop().time() * 1000
 
     async def _assign(self, choices: Sequence[Choice]) -> "_Taken":
         """One call for each queue, all in one write."""
@@ -130,29 +176,25 @@ class Passes:
         """Remember what is left, and arrange the next look: at once if something can still move, else when it may."""
         moved = sum(taken.settled.values())
         left = {queue for queue, length in lengths.items() if length > taken.settled.get(queue, 0)}
-        self._left = left | (self._left - set(queues) if queues else set())
-        if moved and left:
-            roomy = {
-                queue for queue in left if any(is_open(one, view.now_ms) for one in nodes.get(queue_model(queue), ()))
-            }
-            if roomy:
-                self._woken |= roomy
-                self._event.set()
-        if view.due_ms:
-            self.look_again_in(max(view.due_ms - view.now_ms, 1) / 1000)
+        roomy = {queue for queue in left if any(is_open(one, view.now_ms) for one in nodes.get(queue_model(queue), ()))}
+        looked = set(queues) or (self._left | self._stuck)
+        self._left = left | (self._left - looked)
+        self._stuck = (left - roomy) | (self._stuck - looked)
+        if moved and roomy:
+            self._woken |= roomy
+            self._event.set()
+        if view.due_ms > view.now_ms:
+            self.look_again_in((view.due_ms - view.now_ms) / 1000)
         if any(one.heads and not self.share.owns(one.queue) for one in view.queues):
             self.look_again_in(self._cell.settings.take_over_ms / 1000)
-        self.assigned += sum(taken.assigned.values())
+
+    def _log(self, taken: "_Taken", how: str, waiting: int) -> None:
+        """One line a pass."""
+        assigned = sum(taken.assigned.values())
+        self.assigned += assigned
         if log.isEnabledFor(logging.DEBUG):
-            log.debug(
-                "pass",
-                extra={
-                    "queues": len(view.queues),
-                    "waiting": sum(lengths.values()),
-                    "assigned": moved,
-                    "passed_over": taken.passed_over,
-                },
-            )
+            extra = {"how": how, "waiting": waiting, "assigned": assigned, "passed_over": taken.passed_over}
+            log.debug("pass", extra=extra)
 
     def _on_due(self) -> None:
         self._due = None
@@ -182,40 +224,3 @@ class _Taken:
                     self.settled[queue] += 1
                 else:
                     self.passed_over.append(one.why)
-
-
-def to_nodes(view: CellView) -> dict[ModelName, list[Node]]:
-    """The nodes that may get jobs, by model; one object for a node that serves several."""
-    nodes: dict[ModelName, list[Node]] = {}
-    lone = {job.job_id for one in view.queues for job in one.heads if job.alone}
-    for one in view.nodes.values():
-        if one.alive and one.leased and one.state == "up" and one.whole:
-            node = to_node(one, lone)
-            for model in one.models:
-                nodes.setdefault(ModelName(model), []).append(node)
-    return nodes
-
-
-def to_node(view: NodeView, lone: Collection[JobId]) -> Node:
-    """lone: waiting jobs that must run alone. A mark for another may be void: the node is offered, `assign` knows."""
-    return Node(
-        NodeId(view.node),
-        view.capacity,
-        view.running,
-        view.promised_prompt,
-        view.promised_new,
-        view.prefill_rate,
-        view.decode_rate,
-        view.failure,
-        view.breaker_n > 0,
-        view.breaker_until_ms,
-        view.breaker_probe != "",
-        view.alone if view.alone in lone else "",
-        view.resume,
-    )
-
-
-def to_pick(choice: Choice) -> Pick:
-    job = choice.job
-    nodes = tuple([score.node for score in choice.scores])
-    return Pick(job.entry_id, job.job_id, job.fence, job.out, nodes, new_nonce(), _encode(choice.scores))

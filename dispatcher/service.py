@@ -66,6 +66,7 @@ class Dispatcher:
         self._settings = cell.settings
         self._holder = holder
         self._wake_reader = wake_reader
+        self._grace_ms = 0
         self.passes = Passes(cell, Share(holder), random.random)
         self._wakes = Wakes(cell, wake_reader, self.passes)
         self._door = FrontDoor(cell, jobs_reader, holder)
@@ -95,11 +96,17 @@ class Dispatcher:
         if share.members != self.passes.share.members:
             log.info("dispatchers", extra={"cell": self._cell.cell, "me": self._holder, "members": len(share.members)})
             self.passes.share = share
-            self.passes.look_again()
+        self.passes.look_again()  # also for what wakes did not say: the stream is short, and never silent under load
         await pause(stop, settings.renew_ms / 1000)
 
     async def _sweep(self, stop: asyncio.Event) -> None:
-        log_sweep(await self._cell.sweep(self._holder))
+        report = await self._cell.sweep(self._holder)
+        log_sweep(report)
+        if report.grace_until_ms != self._grace_ms:
+            self._grace_ms = report.grace_until_ms
+            if self._grace_ms:
+                why = "a new server, or many leases lapsed at once"
+                log.info("sweep reclaims nothing for a while", extra={"until_ms": self._grace_ms, "why": why})
         await pause(stop, self._settings.sweep_ms / 1000)
 
     async def _unblock(self) -> None:
@@ -131,7 +138,3 @@ def log_sweep(report: SweepReport) -> None:
         log.info("ended by the sweep", extra={"job": end.job_id, "state": end.state})
     for node in report.removed_nodes:
         log.info("node forgotten", extra={"node": node, "why": "no beat for node_keep_ms"})
-    if report.grace_until_ms:
-        log.info(
-            "sweep waits", extra={"until_ms": report.grace_until_ms, "why": "new server, or many leases lapsed at once"}
-        )

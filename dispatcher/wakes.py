@@ -12,6 +12,7 @@ from bus.events import ForeignEntry
 from bus.ids import is_model_name
 from bus.keys import PRIORITIES, QueueName, queue_model, queue_name
 from bus.link import Entry, Reader
+from dispatcher.board import order_of
 from dispatcher.passes import Passes
 
 COUNT = 1_000
@@ -30,7 +31,7 @@ class Wakes:
         self._key = cell.keys.wake
         self._last_id = ""
         self._generation = 0
-        self._names: dict[bytes, QueueName | None] = {b"": None}  # what has been checked before
+        self._checked: set[QueueName] = set()
 
     async def step(self) -> None:
         """One read, at most BLOCK long."""
@@ -43,40 +44,40 @@ class Wakes:
             self._passes.look_again()
         for _, entries in batch:
             self._last_id = entries[-1][0]
-            for queue in {await self._queue_of(entry) for entry in entries}:
-                self._passes.wake(queue)
+            for entry in entries:
+                await self._tell(entry)
 
     async def _start_id(self) -> str:
         """Where to go on: at the newest entry, or where we were, unless the server lost its last second."""
         newest = await self._cell.link.send("XREVRANGE", self._key, "+", "-", "COUNT", 1)
         newest_id = newest[0][0].decode() if newest else "0-0"
-        return newest_id if not self._last_id else min(self._last_id, newest_id, key=_order)
+        return newest_id if not self._last_id else min(self._last_id, newest_id, key=order_of)
 
-    async def _queue_of(self, entry: Entry) -> QueueName | None:
-        """The queue that has work; None for room, and for an entry that is not ours, which is put away."""
+    async def _tell(self, entry: Entry) -> None:
         entry_id, fields = entry
-        raw = fields.get("queue", b"-")
-        if raw in self._names and "job" in fields:
-            return self._names[raw]
         try:
-            queue = check_queue(parse_wake(fields).queue)
+            wake = parse_wake(fields)
+            if wake.queue:
+                self._check(wake.queue)
         except ForeignEntry as reason:
             log.warning("dead letter", extra={"stream": "wake", "entry": entry_id, "why": str(reason)})
             await self._cell.dead_letter(self._key, entry_id, str(reason), fields)
-            return None
-        if len(self._names) < NAMES_MAX:
-            self._names[raw] = queue
-        return queue
+            return
+        if wake.queue:
+            self._passes.wake(wake.queue, wake.head)
+        else:
+            self._passes.wake_room()
+
+    def _check(self, queue: QueueName) -> None:
+        """Raises ForeignEntry if no queue can have this name."""
+        if queue not in self._checked:
+            check_queue(queue)
+            if len(self._checked) < NAMES_MAX:
+                self._checked.add(queue)
 
 
-def check_queue(name: QueueName) -> QueueName:
+def check_queue(name: QueueName) -> None:
     """Raises ForeignEntry if no queue can have this name."""
     model = queue_model(name)
     if not is_model_name(model) or name not in {queue_name(model, priority) for priority in PRIORITIES}:
         raise ForeignEntry(f"queue {name[:80]!r} is none")
-    return name
-
-
-def _order(entry_id: str) -> tuple[int, int]:
-    moment, _, sequence = entry_id.partition("-")
-    return int(moment), int(sequence)

@@ -1,0 +1,162 @@
+"""Passes one by one, on a real server: when a look is needed, and when the wake said enough."""
+
+import random
+
+from bus.cell import Cell
+from bus.entries import parse_wake
+from bus.ids import JobId, ModelName, NodeId
+from bus.keys import queue_name
+from bus.wire import NO_FENCE, CellView, QueuedJob, QueueView
+from dispatcher.board import FRESH_MS, Board
+from dispatcher.passes import Passes
+from dispatcher.rank import Node
+from dispatcher.sharing import Share
+from tests.dispatcher.hands import MODEL, HandNode, submit
+
+QUEUE = queue_name(MODEL, 1)
+M = ModelName(MODEL)
+
+
+class Dispatching:
+    """Passes that are told of wakes by hand, in the order of the stream."""
+
+    def __init__(self, cell: Cell) -> None:
+        self.cell = cell
+        self.passes = Passes(cell, Share("dispatcher:me"), random.Random(1).random, fresh_ms=60_000)
+        self.last_id = "-"
+
+    async def hear(self) -> None:
+        """Tell all wakes since the last call, then make passes until nothing moves."""
+        for entry_id, flat in await self.cell.link.send("XRANGE", self.cell.keys.wake, self.last_id, "+"):
+            self.last_id = f"({entry_id.decode()}"
+            wake = parse_wake({name.decode(): value for name, value in zip(flat[::2], flat[1::2], strict=True)})
+            if wake.queue:
+                self.passes.wake(wake.queue, wake.head)
+            else:
+                self.passes.wake_room()
+        for _ in range(5):
+            await self.passes.run_pass()
+
+
+async def test_a_new_job_is_assigned_without_a_look_while_the_nodes_are_known(cell: Cell) -> None:
+    node = await HandNode.join(cell, "a", capacity=8)
+    dispatching = Dispatching(cell)
+    await submit(cell, "j0")
+    await dispatching.hear()
+    looks = dispatching.passes.looks
+
+    await submit(cell, "j1", "j2")
+    await dispatching.hear()
+
+    assert dispatching.passes.looks == looks
+    assert [one.job_id for one in await node.take()] == ["c0-j0", "c0-j1", "c0-j2"]
+
+
+async def test_when_the_known_nodes_are_full_it_looks_and_finds_the_room_that_appeared(cell: Cell) -> None:
+    node = await HandNode.join(cell, "a", capacity=1)
+    dispatching = Dispatching(cell)
+    for index in range(4):
+        await submit(cell, f"j{index}")
+        await dispatching.hear()
+        (work,) = await node.take()
+        await node.finish([work])
+
+    assert dispatching.passes.assigned == 4
+
+
+async def test_a_new_job_never_overtakes_those_that_wait(cell: Cell) -> None:
+    """What waits without room is in the queue; its wake is long gone."""
+    node = await HandNode.join(cell, "a", capacity=1)
+    dispatching = Dispatching(cell)
+    await submit(cell, "j0", "j1")
+    await dispatching.hear()
+    work = await node.take()
+    await node.finish(work)
+
+    await submit(cell, "j2")
+    await dispatching.hear()
+
+    assert [one.job_id for one in await node.take()] == ["c0-j1"]
+
+
+async def test_more_jobs_for_a_full_fleet_cost_no_look(cell: Cell) -> None:
+    """A flood that waits must not keep the server busy with looks; room wakes us."""
+    node = await HandNode.join(cell, "a", capacity=1)
+    dispatching = Dispatching(cell)
+    await submit(cell, "j0", "j1")
+    await dispatching.hear()
+    looks = dispatching.passes.looks
+
+    for index in range(2, 10):
+        await submit(cell, f"j{index}")
+        await dispatching.hear()
+    assert dispatching.passes.looks == looks
+
+    await node.finish(await node.take())
+    await dispatching.hear()
+    assert [one.job_id for one in await node.take()] == ["c0-j1"]
+
+
+async def test_a_wake_that_comes_after_its_job_was_found_is_no_news(cell: Cell) -> None:
+    await HandNode.join(cell, "a", capacity=8)
+    dispatching = Dispatching(cell)
+    await submit(cell, "j0")
+    dispatching.passes.look_again()
+    await dispatching.passes.run_pass()
+    commands = cell.link.commands
+
+    await dispatching.hear()
+
+    assert cell.link.commands == commands + 1  # the XRANGE of this test
+    assert dispatching.passes.assigned == 1
+
+
+async def test_a_node_that_left_since_the_look_costs_a_look_and_no_job(cell: Cell) -> None:
+    gone = await HandNode.join(cell, "a", capacity=8)
+    dispatching = Dispatching(cell)
+    await submit(cell, "j0")
+    await dispatching.hear()
+    await cell.drop_lease(gone.holder)
+    other = await HandNode.join(cell, "b", capacity=8)
+
+    await submit(cell, "j1")
+    await dispatching.hear()
+
+    assert [one.job_id for one in await other.take()] == ["c0-j1"]
+
+
+def view(*entry_ids: str, now_ms: int = 5_000) -> CellView:
+    heads = [QueuedJob(one, JobId(f"c0-{one}"), NO_FENCE, "gateway:g", 1, 1, 0) for one in entry_ids]
+    return CellView(now_ms, (QueueView(QUEUE, len(heads), tuple(heads)),), {})
+
+
+def test_a_board_knows_nodes_for_a_moment_only() -> None:
+    board = Board()
+    board.remember(view(), {M: [Node(NodeId("a"), 1)]}, clock_ms=100.0)
+
+    assert board.nodes_for([M], clock_ms=100.0 + FRESH_MS - 1) is not None
+    assert board.nodes_for([M], clock_ms=100.0 + FRESH_MS) is None
+    assert board.nodes_for([M, ModelName("other")], clock_ms=101.0) is None
+
+
+def test_a_board_of_full_nodes_asks_for_a_look() -> None:
+    board = Board()
+    board.remember(view(), {M: [Node(NodeId("a"), 1, running=1)]}, clock_ms=100.0)
+
+    assert board.nodes_for([M], clock_ms=101.0) is None
+
+
+def test_a_board_keeps_the_servers_clock() -> None:
+    board = Board()
+    board.remember(view(now_ms=5_000), {}, clock_ms=100.0)
+
+    assert board.now_ms(clock_ms=150.0) == 5_050
+
+
+def test_entries_up_to_the_last_one_of_a_look_are_no_news() -> None:
+    board = Board()
+    board.remember(view("5-1", "5-9"), {}, clock_ms=0.0)
+    (late, new) = view("5-9", "5-10").queues[0].heads
+
+    assert not board.is_news(QUEUE, late)
+    assert board.is_news(QUEUE, new)
