@@ -162,7 +162,7 @@ class Caller:
         if isinstance(answer, Refused):
             self._leave(call)
             raise Refusal(answer.code, answer.reason, answer.retry_after_ms)
-        if answer.existing:
+        if answer.existing or answer.job_id != call.job_id:
             return await self._follow_existing(cell, call, handle, answer)
         call.deadline_ms = answer.deadline_ms
         return handle
@@ -276,7 +276,7 @@ class Caller:
 
     async def _follow_existing(self, cell: Cell, call: Call, handle: JobHandle, answer: Accepted) -> JobHandle:
         """The id or the idempotency key was there before: wait for that job, without taking it from another caller
-        unless we stream."""
+        unless we stream. A job under the id of an earlier request that we were the first to create is ours."""
         if answer.job_id != call.job_id:
             self._leave(call)
             known = self._calls.get(answer.job_id)

@@ -51,9 +51,9 @@ def parse_with(parser: Parser, raw: bytes, default_model: str) -> ParsedRequest:
         raise ApiError(code, error.message, param=error.field) from error
 
 
-def parse_policy(header: str | None) -> Policy:
+def parse_policy(header: str | None, default: Policy) -> Policy:
     """`X-On-Disconnect`: what becomes of the job when its client is gone."""
-    match (header or "cancel").strip().lower():
+    match (header or default).strip().lower():
         case "cancel":
             return "cancel"
         case "keep":
@@ -143,7 +143,8 @@ def call_options(request: web.Request, raw: bytes, sender: Sender, longest_ms: i
     idem_key = parse_idempotency_key(headers.get("Idempotency-Key"))
     return CallOptions(
         deadline_in_ms=parse_deadline_ms(headers.get("X-Deadline-Ms"), longest_ms),
-        policy=parse_policy(headers.get("X-On-Disconnect")),
+        # A client with an idempotency key means to come again: its retry must not find the job cancelled.
+        policy=parse_policy(headers.get("X-On-Disconnect"), "keep" if idem_key else "cancel"),
         tenant=sender.tenant,
         idem_key=idem_key,
         # The route belongs to the request: the same bytes mean another thing elsewhere.

@@ -64,7 +64,7 @@ KINDS: Final[dict[str, Kind]] = {
     "unavailable": Kind(503, SERVER, "overloaded"),
     "draining": Kind(503, SERVER, "overloaded"),
     "crashed": Kind(500, SERVER, retry=False),  # the job took several workers down: repeating it would again
-    "deadline": Kind(504, SERVER, retry=False),
+    "deadline_exceeded": Kind(504, SERVER, retry=False),
     "registry_timeout": Kind(504, SERVER),
 }
 # Codes whose honest answer to "when again?" is at least this, when nobody computed a better one.
@@ -166,7 +166,8 @@ JOB_ERROR_CODES: Final[dict[str, str]] = {
     "context_length_exceeded": "context_length_exceeded",
     "bad_request": "bad_request",
     "invalid_request": "bad_request",
-    "deadline": "deadline",
+    "deadline": "deadline_exceeded",
+    "deadline_exceeded": "deadline_exceeded",
     "cancelled": "cancelled",
     "interrupted": "interrupted",
     "crash": "crashed",

@@ -8,7 +8,9 @@ from typing import Final
 
 from bus.ids import JOB_ID_PATTERN, JobId
 
-PING: Final = b": ping\n\n"
+# One line, no blank line after it: openai-python (3.54) takes a blank line for an event once any id was seen, and dies
+# of its empty data.
+PING: Final = b": ping\n"
 DONE: Final = b"data: [DONE]\n\n"
 HEADERS: Final = {
     "Content-Type": "text/event-stream; charset=utf-8",

@@ -68,12 +68,13 @@ class Served:
         return await self.call("POST", "/v1/chat/completions", body)
 
 
-@pytest.fixture
-def settings(server: ValkeyServer) -> Settings:
+def quick_settings(redis_url: str) -> Settings:
+    """Short times, so that what waits for them in a test waits little."""
     return Settings().changed(
-        redis_url=server.url,
+        redis_url=redis_url,
         model=MODEL,
         engine="echo",
+        echo_models=MODEL,
         gateway_port=0,
         node_allow="*",
         lease_ms=1_500,
@@ -86,8 +87,14 @@ def settings(server: ValkeyServer) -> Settings:
         client_grace_ms=200,
         silence_ms=1_000,
         first_frame_wait_ms=300,
+        drain_grace_ms=200,
         open_rate_per_minute=0,
     )
+
+
+@pytest.fixture
+def settings(server: ValkeyServer) -> Settings:
+    return quick_settings(server.url)
 
 
 @asynccontextmanager
@@ -128,8 +135,8 @@ async def until_ready(served: Served) -> None:
     await wait_until(is_ready, timeout_s=10)
 
 
-@pytest.fixture
-async def fleet(settings: Settings) -> AsyncIterator[tuple[Served, Served]]:
+@asynccontextmanager
+async def whole_fleet(settings: Settings) -> AsyncIterator[tuple[Served, Served]]:
     """Two gateways, a registry consumer, a dispatcher and one echo worker."""
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(running(registry_consumer.service.run, settings))

@@ -9,12 +9,24 @@ import aiohttp
 import openai
 import orjson
 import pytest
+import pytest_asyncio
 
 from tests.conftest import wait_until
-from tests.gateway.conftest import MODEL, Served
+from tests.gateway.conftest import MODEL, Served, quick_settings, serve, whole_fleet
+from tests.harness.servers import ValkeyServer
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 Pair = tuple[Served, Served]
 Event = dict[str, str]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def fleet(session_server: ValkeyServer) -> AsyncIterator[Pair]:
+    """One fleet for all tests of this file: each uses jobs of its own."""
+    session_server.call("FLUSHALL")
+    async with whole_fleet(quick_settings(session_server.url)) as pair:
+        yield pair
 
 
 async def read_events(response: aiohttp.ClientResponse, most: int | None = None) -> list[Event]:
@@ -24,7 +36,7 @@ async def read_events(response: aiohttp.ClientResponse, most: int | None = None)
     async for raw in response.content:
         line = raw.decode().rstrip("\n")
         if line.startswith(":"):
-            event["comment"] = line
+            events.append({"comment": line})
         elif line:
             name, _, value = line.partition(": ")
             event[name] = value
@@ -149,10 +161,8 @@ async def test_whole_characters_only(fleet: Pair) -> None:
 
 async def test_a_long_silence_is_filled_with_comments(fleet: Pair) -> None:
     """Proxies cut at 50-120 s of silence; SDKs skip comments."""
-    first = fleet[0]
-    object.__setattr__(first.gateway, "settings", first.gateway.settings.changed(sse_ping_ms=100))
-
-    async with streamed(first, "[[first_ms=900]] a b") as got:
+    pinging = fleet[0].gateway.settings.changed(sse_ping_ms=100)
+    async with serve(pinging) as one, streamed(one, "[[first_ms=900]] a b") as got:
         events = await read_events(got)
 
     assert [event["comment"] for event in events if "comment" in event][:2] == [": ping", ": ping"]
@@ -247,7 +257,7 @@ async def test_a_deadline_is_504_and_must_not_be_repeated(fleet: Pair) -> None:
         headers={**fleet[0].headers, "X-Deadline-Ms": "300"},
     )
 
-    assert (status, body["error"]["code"]) == (504, "deadline")
+    assert (status, body["error"]["code"]) == (504, "deadline_exceeded")
     assert headers["x-should-retry"] == "false"
 
 
@@ -358,7 +368,7 @@ async def test_many_clients_wait_at_once_and_each_gets_its_own_answer(fleet: Pai
 # --- the openai package -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def sdk(fleet: Pair) -> AsyncIterator[openai.AsyncOpenAI]:
     async with openai.AsyncOpenAI(api_key=fleet[0].key, base_url=fleet[0].base + "/v1", max_retries=0) as sdk:
         yield sdk

@@ -4,7 +4,7 @@ import orjson
 import pytest
 
 from bus.ids import JobId
-from gateway.sse import data_event, event_id, parse_event_id
+from gateway.sse import PING, data_event, event_id, parse_event_id
 
 
 def test_an_event_is_one_data_line_and_a_blank_line() -> None:
@@ -30,3 +30,9 @@ def test_an_id_is_read_back_as_written(job: str, offset: int) -> None:
 )
 def test_foreign_ids_are_nobodys(text: str) -> None:
     assert parse_event_id(text) is None
+
+
+def test_a_ping_is_a_comment_line_and_ends_no_event() -> None:
+    """openai-python dispatches an event with empty data at any blank line after the first id, and fails to parse it."""
+    assert PING.startswith(b":")
+    assert PING.count(b"\n") == 1
