@@ -16,4 +16,4 @@ from bus.cell_work import WorkCalls
 
 
 class Cell(JobCalls, WorkCalls, SweepCalls):
-    """Cell(link, cell, settings): all calls of one cell over one link. Holds no state of its own."""
+    """All calls of one cell over one link. Its only state are the submits of this turn of the event loop."""

@@ -1,8 +1,9 @@
 """Calls on jobs until a node has them: submit, look, assign, the front door. One script a method."""
 
+import asyncio
 import secrets
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import orjson
@@ -14,7 +15,9 @@ from bus.events import ForeignEntry
 from bus.ids import Fence, JobId
 from bus.jobs import encode_job
 from bus.keys import QueueName, queue_model, queue_name
-from bus.link import ServerError
+from bus.link import Link, LinkClosed, LinkError, ServerError
+from bus.scripts import load_script
+from bus.settings import Settings
 from bus.wire import (
     NO_FENCE,
     Accepted,
@@ -32,40 +35,58 @@ from bus.wire import (
 )
 
 PICKS_MAX = 64
+SUBMITS_MAX = 64
+PAYLOAD_INLINE_MAX = 8192  # bytes; `_create.lua` says the same
 OOM_RETRY_MS = 5_000
 
 
+class _Waiting(NamedTuple):
+    submission: Submission
+    record: bytes
+    answer: asyncio.Future[Accepted | Refused]
+
+
 class JobCalls(CellBase):
+    def __init__(self, link: Link, cell: int, settings: Settings) -> None:
+        super().__init__(link, cell, settings)
+        self._waiting: dict[QueueName, list[_Waiting]] = {}  # submits of this turn of the loop
+
     async def submit(self, submission: Submission) -> Accepted | Refused:
         """Create the job, or find it: the same id again answers the existing job (`existing=True`).
 
         With an idem_key the record is fixed first (SET NX): if it names another id, that job is submitted or found
         instead (its id is in the answer), and another body is refused as `idem_conflict`. A refused submit deletes
         its record. OOM of the server is `Refused("memory_full")`. Raises LinkDown, ServerError; safe to repeat.
+        Submits of one turn of the event loop travel in one call of the script.
         """
-        try:
-            record = b""
-            if submission.idem_key:
+        record = b""
+        if submission.idem_key:
+            try:
                 record = await self._fix_id(submission)
-                owner_id, _, digest = record.decode().partition(" ")
-                if digest != submission.body_digest:
-                    return Refused("idem_conflict", "this idempotency key was used with another request")
-                if owner_id != submission.job_id:
-                    submission = _with_id(submission, JobId(owner_id))
-            keys, args = self._submission(submission, record)
-            return self._to_accepted(submission, await self._call("submit", keys, args))
-        except ServerError as error:
-            if error.code == "OOM":
-                return Refused("memory_full", "the server's memory is full", OOM_RETRY_MS)
-            raise
+            except ServerError as error:
+                return _refuse_if_full(error)
+            owner_id, _, digest = record.decode().partition(" ")
+            if digest != submission.body_digest:
+                return Refused("idem_conflict", "this idempotency key was used with another request")
+            if owner_id != submission.job_id:
+                submission = msgspec.structs.replace(submission, job_id=JobId(owner_id))
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Accepted | Refused] = loop.create_future()
+        if not self._waiting:
+            loop.call_soon(self._send_submits)
+        queue = queue_name(submission.job.model, submission.priority)
+        self._waiting.setdefault(queue, []).append(_Waiting(submission, record, answer))
+        return await answer
 
     async def admit(self, entry_id: str, submission: Submission) -> Accepted | Refused | None:
         """Submit for a plain producer: acks and deletes the entry of `jobs` in the same script.
 
         A refusal or a duplicate is answered on the reply stream. None: the entry was gone, nothing was done.
         """
-        keys, args = self._submission(submission, b"")
         settings = self.settings
+        queue = queue_name(submission.job.model, submission.priority)
+        keys, args = self._common(queue, 1)
+        self._describe(submission, b"", keys, args)
         answer = await self._call(
             "admit",
             [*keys, self.keys.jobs, self.keys.dead],
@@ -142,27 +163,62 @@ class JobCalls(CellBase):
         answer: bytes = await self._call("idem", [key], [record, ttl_ms])
         return answer
 
-    def _submission(self, submission: Submission, record: bytes) -> tuple[list[str], list[str | bytes | int]]:
-        """KEYS 1..13 and ARGV 1..22 of `_create.lua`."""
-        s, keys, settings = submission, self.keys, self.settings
-        queue = queue_name(s.job.model, s.priority)
-        own = keys.job(s.job_id)
-        out, gateway_jobs, _, quota = self._route_keys(s.job_id, s.route)
-        seed = s.seed if s.seed is not None else s.job.sampling.seed
-        names = [
-            *(own, keys.queue(queue), keys.wake, keys.deadlines, keys.queues, keys.model(s.job.model)),
-            *(keys.events, keys.payload(s.job_id), out, gateway_jobs, quota),
-            keys.idem(s.tenant, s.idem_key) if s.idem_key else own,
-            keys.text(s.job_id, make_fence(s.attempt_floor, "r")),
-        ]
+    def _send_submits(self) -> None:
+        waiting, self._waiting = self._waiting, {}
+        for queue, ones in waiting.items():
+            for start in range(0, len(ones), SUBMITS_MAX):
+                self._send_batch(queue, ones[start : start + SUBMITS_MAX])
+
+    def _send_batch(self, queue: QueueName, ones: "list[_Waiting]") -> None:
+        """Send, and give each caller his answer; callers who have gone meanwhile are passed over."""
+        keys, args = self._common(queue, len(ones))
+        for one in ones:
+            self._describe(one.submission, one.record, keys, args)
+        try:
+            sent = self.link.script(load_script("submit"), keys, args)
+        except LinkError as error:
+            for one in ones:
+                if not one.answer.done():
+                    one.answer.set_exception(error)
+            return
+        sent.add_done_callback(lambda done: self._settle(ones, done))
+
+    def _settle(self, ones: "list[_Waiting]", done: asyncio.Future[Any]) -> None:
+        error = LinkClosed("the link was closed") if done.cancelled() else done.exception()
+        full = _full(error)
+        for at, one in enumerate(ones):
+            if one.answer.done():
+                continue
+            if error is None:
+                one.answer.set_result(self._to_accepted(one.submission, done.result()[at]))
+            elif full is not None:
+                one.answer.set_result(full)
+            else:
+                one.answer.set_exception(error)
+
+    def _common(self, queue: QueueName, count: int) -> tuple[list[str], list[str | bytes | int]]:
+        """The head of KEYS and ARGV of `_create.lua`."""
+        keys, settings, model = self.keys, self.settings, queue_model(queue)
+        names = [keys.queue(queue), keys.wake, keys.deadlines, keys.queues, keys.model(model), keys.events]
         args: list[str | bytes | int] = [
-            *(s.job_id, queue, s.job.model, s.route.encode(), s.policy, "s" if s.job.stream else ""),
-            *(secrets.randbits(31) if seed is None else seed, s.est_prompt, s.est_new, encode_job(s.job), keys.prefix),
-            *(s.deadline_in_ms, s.deadline_at_ms, settings.queue_max, settings.node_ttl_ms, settings.job_keep_ms),
-            *(s.quota_max, record, "1" if s.redrive else "", s.attempt_floor if s.redrive else 0),
-            *(s.shown_text if s.redrive else b"", s.gateway),
+            *(queue, model, keys.prefix, settings.queue_max, settings.node_ttl_ms, settings.job_keep_ms, count)
         ]
         return names, args
+
+    def _describe(self, submission: Submission, record: bytes, names: list[str], args: list[str | bytes | int]) -> None:
+        """Append one job to them."""
+        s, keys = submission, self.keys
+        own = keys.job(s.job_id)
+        payload = encode_job(s.job)
+        out, gateway_jobs, _, quota = self._route_keys(s.job_id, s.route)
+        seed = s.seed if s.seed is not None else s.job.sampling.seed
+        names += (own, out, gateway_jobs, quota, keys.idem(s.tenant, s.idem_key) if s.idem_key else own)
+        names.append(keys.text(s.job_id, make_fence(s.attempt_floor, "r")) if s.redrive else own)
+        names.append(keys.payload(s.job_id) if len(payload) > PAYLOAD_INLINE_MAX else own)
+        args += (s.job_id, s.route.encode(), s.policy, "s" if s.job.stream else "")
+        args += (secrets.randbits(31) if seed is None else seed, s.est_prompt, s.est_new, payload, s.deadline_in_ms)
+        args += (s.deadline_at_ms, s.quota_max, record, "1" if s.redrive else "", s.attempt_floor if s.redrive else 0)
+        args += (s.shown_text if s.redrive else b"", s.gateway)
 
     def _to_accepted(self, submission: Submission, answer: list[Any]) -> Accepted | Refused:
         match answer[0]:
@@ -231,8 +287,17 @@ def _to_assigned(pick: Pick, answer: list[Any]) -> Assigned | NotAssigned | str:
     return answer[1].decode() if word == "out" else NotAssigned(pick.job_id, word)
 
 
-def _with_id(submission: Submission, job_id: JobId) -> Submission:
-    return msgspec.structs.replace(submission, job_id=job_id)
+def _full(error: BaseException | None) -> Refused | None:
+    if isinstance(error, ServerError) and error.code == "OOM":
+        return Refused("memory_full", "the server's memory is full", OOM_RETRY_MS)
+    return None
+
+
+def _refuse_if_full(error: ServerError) -> Refused:
+    full = _full(error)
+    if full is None:
+        raise error
+    return full
 
 
 def _with_out(pick: Pick, out: str) -> Pick:

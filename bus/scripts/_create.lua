@@ -1,15 +1,26 @@
--- use: _event _node
--- A new job, for `submit` and `admit`. KEYS 1..13 and ARGV 1..22 are common to both.
-local job_key, queue_key, wake_key, deadlines_key, queues_key, model_key, events_key, payload_key, out_key,
-  set_key, quota_key, idem_key, text_key = unpack(KEYS, 1, 13)
-local job_id, queue, model, route, policy, stream, seed, est_prompt, est_new, payload, prefix = unpack(ARGV, 1, 11)
-local deadline_in, deadline_at, queue_max, node_ttl, job_keep, quota_max = tonumber(ARGV[12]), tonumber(ARGV[13]),
-  tonumber(ARGV[14]), tonumber(ARGV[15]), tonumber(ARGV[16]), tonumber(ARGV[17])
-local idem, redrive, attempt_floor, shown, gateway = ARGV[18], ARGV[19] == '1', ARGV[20], ARGV[21], ARGV[22]
+-- New jobs of one queue, for `submit` and `admit`.
+-- KEYS 1..6 queue, wake, deadlines, queues, model, events, then a job's job, out, gateway's set, quota, idem, text, payload;
+-- where it has none of them, the job's own key.
+-- ARGV 1..7 queue, model, prefix, queue_max, node_ttl, job_keep, jobs, then a job's id, route, policy, stream flag, seed,
+-- est_prompt, est_new, payload, deadline_in, deadline_at, quota_max, idem record, redrive, attempt floor, shown text, gateway.
+local queue_key, wake_key, deadlines_key, queues_key, model_key, events_key = unpack(KEYS, 1, 6)
+local queue, model, prefix = ARGV[1], ARGV[2], ARGV[3]
+local job_keep = tonumber(ARGV[6])
+local COMMON_KEYS, COMMON_ARGS, KEYS_EACH, ARGS_EACH = 6, 7, 7, 16
+
+-- The k-th job as its caller describes it.
+local function job_at(k)
+  local at, from = COMMON_KEYS + (k - 1) * KEYS_EACH, COMMON_ARGS + (k - 1) * ARGS_EACH
+  local j = {}
+  j.key, j.out_key, j.set_key, j.quota_key, j.idem_key, j.text_key, j.payload_key = unpack(KEYS, at + 1, at + KEYS_EACH)
+  j.id, j.route, j.policy, j.stream, j.seed, j.est_prompt, j.est_new, j.payload, j.deadline_in, j.deadline_at, j.quota_max,
+    j.idem, j.redrive, j.floor, j.shown, j.gateway = unpack(ARGV, from + 1, from + ARGS_EACH)
+  return j
+end
 
 -- The job of this id, if there is one.
-local function existing()
-  local h = call('HMGET', job_key, 'state', 'fence', 'spec', 'route')
+local function existing(j)
+  local h = call('HMGET', j.key, 'state', 'fence', 'spec', 'route')
   if not h[1] then
     return nil
   end
@@ -17,103 +28,150 @@ local function existing()
   return {'existing', h[1], h[2], deadline, h[4]}
 end
 
--- "0-3, 7": the layers that no living node of the model holds.
-local function missing_layers()
-  local held, count = {}, 0
-  for _, id in ipairs(call('ZRANGEBYSCORE', model_key .. ':parts', now - node_ttl, '+inf')) do
-    local h = call('HMGET', prefix .. 'node:' .. id, 'layers', 'layer_count')
-    for layer in string.gmatch(h[1] or '', '%d+') do
-      held[tonumber(layer)] = true
-      count = math.max(count, tonumber(layer) + 1)
+-- Why no node can serve the model: {code, wait ms, detail, figure}. Cold, so its parts are only made here.
+local function no_server(node_ttl)
+  -- "0-3, 7": the layers that no living node of the model holds.
+  local function missing_layers()
+    local held, count = {}, 0
+    for _, id in ipairs(call('ZRANGEBYSCORE', model_key .. ':parts', now - node_ttl, '+inf')) do
+      local h = call('HMGET', prefix .. 'node:' .. id, 'layers', 'layer_count')
+      for layer in string.gmatch(h[1] or '', '%d+') do
+        held[tonumber(layer)] = true
+        count = math.max(count, tonumber(layer) + 1)
+      end
+      count = math.max(count, tonumber(h[2] or 0) or 0)
     end
-    count = math.max(count, tonumber(h[2] or 0) or 0)
-  end
-  local ranges, from = {}, nil
-  for layer = 0, count do
-    if layer < count and not held[layer] then
-      from = from or layer
-    elseif from then
-      ranges[#ranges + 1] = from == layer - 1 and tostring(from) or (from .. '-' .. (layer - 1))
-      from = nil
+    local ranges, from = {}, nil
+    for layer = 0, count do
+      if layer < count and not held[layer] then
+        from = from or layer
+      elseif from then
+        ranges[#ranges + 1] = from == layer - 1 and tostring(from) or (from .. '-' .. (layer - 1))
+        from = nil
+      end
     end
+    return concat(ranges, ', '), count
   end
-  return concat(ranges, ', '), count
-end
 
-local function no_server()
   if call('ZCOUNT', model_key .. ':parts', now - node_ttl, '+inf') > 0 then
     local missing, count = missing_layers()
-    return {'refused', 'uncovered', node_ttl, missing, count}
+    return {'uncovered', node_ttl, missing, count}
   end
   local known = call('ZCARD', model_key)
-  if known > 0 then
-    return {'refused', 'no_node', node_ttl, '', known}
-  end
-  return {'refused', 'no_model', node_ttl, '', 0}
+  return {known > 0 and 'no_node' or 'no_model', node_ttl, '', known}
 end
 
--- nil, or why the job cannot be taken. Reads, and forgets lapsed places of the quota.
-local function refusal(waiting)
-  if redrive then
+-- An honest wait: until `count` jobs have ended, by what the model's nodes ended in the last half minute;
+-- 1 s .. 60 s, 5 s when nothing is known.
+local function wait_for(count)
+  local rate = 0
+  for _, id in ipairs(call('ZRANGE', model_key, 0, 63)) do
+    local h = call('HMGET', prefix .. 'node:' .. id, 'done_rate', 'done_ms')
+    if filled(h[1]) and filled(h[2]) then
+      rate = rate + tonumber(h[1]) * math.exp(-(now - tonumber(h[2])) / 30000)
+    end
+  end
+  if rate < 0.001 then
+    return 5000
+  end
+  return floor(math.max(1000, math.min(60000, count * 1000 / rate)))
+end
+
+-- nil, or why the job cannot be taken: {code, wait ms, detail, figure}. `waiting` counts this call's jobs in.
+local served
+local function refusal(j, waiting)
+  if j.redrive == '1' then
     return nil
   end
-  if call('ZCOUNT', model_key, now - node_ttl, '+inf') == 0 then
-    return no_server()
+  if served == nil then
+    served = call('ZCOUNT', model_key, now - ARGV[5], '+inf') > 0
   end
-  if waiting >= queue_max then
-    return {'refused', 'queue_full', wait_for(prefix, model, waiting * 0.1), '', waiting}
+  if not served then
+    return no_server(tonumber(ARGV[5]))
   end
+  if waiting >= tonumber(ARGV[4]) then
+    return {'queue_full', wait_for(waiting * 0.1), '', waiting}
+  end
+  local quota_max = tonumber(j.quota_max)
   if quota_max > 0 then
-    local held = call('ZCOUNT', quota_key, '(' .. now, '+inf')
+    local held = call('ZCOUNT', j.quota_key, '(' .. now, '+inf')
     if held >= quota_max then
-      return {'refused', 'quota_full', wait_for(prefix, model, 1), '', held}
+      return {'quota_full', wait_for(1), '', held}
     end
   end
   return nil
 end
 
-local function refuse(answer)
-  if idem ~= '' and call('GET', idem_key) == idem then
-    call('DEL', idem_key)
+-- A refused submit takes its idempotency record with it.
+local function refuse(j, why)
+  if j.idem ~= '' and call('GET', j.idem_key) == j.idem then
+    call('DEL', j.idem_key)
   end
-  report(events_key, 'refused', job_id, answer[2], model)
-  return answer
+  try('XADD', events_key, 'MAXLEN', '~', 5000, '*', 'type', 'refused', 'subject', j.id, 'why', why[1], 'detail', model)
+  return {'refused', why[1], why[2], why[3], why[4]}
 end
 
--- Answers the fence and the deadline.
-local function create(waiting)
-  local deadline = deadline_at > 0 and deadline_at or now + deadline_in
-  local fence = attempt_floor .. (redrive and '.r' or '.0')
-  local entry = call('XADD', queue_key, '*', 'job', job_id, 'fence', fence, 'out', out_of(route),
-    'est_prompt', est_prompt, 'est_new', est_new, 'deadline', deadline, 'alone', '', 'avoided', '', 'resume', '')
-  local big = #payload > 8192
-  local flags = stream .. (idem ~= '' and 'i' or '') .. (big and 'b' or '')
-  local spec = concat({model, flags == '' and '-' or flags, policy, seed, now, deadline, est_prompt, est_new}, ' ')
-  call('HSET', job_key, 'state', 'queued', 'fence', fence, 'route', route, 'place', 'queue ' .. queue .. ' ' .. entry,
-    'spec', spec, 'payload', big and '' or payload)
-  call('PEXPIREAT', job_key, deadline + job_keep)
+-- Written once for all jobs of the call, after them.
+local deadlines, sets = {}, {}
+
+local function create(j)
+  local deadline = tonumber(j.deadline_at)
+  if deadline == 0 then
+    deadline = now + j.deadline_in
+  end
+  j.fence = j.floor .. (j.redrive == '1' and '.r' or '.0')
+  j.deadline = deadline
+  j.entry = call('XADD', queue_key, '*', 'job', j.id, 'fence', j.fence, 'out', out_of(j.route), 'est_prompt', j.est_prompt,
+    'est_new', j.est_new, 'deadline', deadline, 'alone', '', 'avoided', '', 'resume', '')
+  local big = #j.payload > 8192
+  local flags = j.stream .. (j.idem ~= '' and 'i' or '') .. (big and 'b' or '')
+  call('HSET', j.key, 'state', 'queued', 'fence', j.fence, 'route', j.route, 'place', 'queue ' .. queue .. ' ' .. j.entry,
+    'spec', concat({model, flags == '' and '-' or flags, j.policy, j.seed, now, deadline, j.est_prompt, j.est_new}, ' '),
+    'payload', big and '' or j.payload)
+  call('PEXPIREAT', j.key, deadline + job_keep)
   if big then
-    call('SET', payload_key, payload, 'PX', math.max(1, deadline + job_keep - now))
+    call('SET', j.payload_key, j.payload, 'PX', math.max(1, deadline + job_keep - now))
   end
-  if shown ~= '' then
-    call('SET', text_key, shown, 'PX', math.max(1, deadline + job_keep - now))
+  if j.shown ~= '' then
+    call('SET', j.text_key, j.shown, 'PX', math.max(1, deadline + job_keep - now))
   end
-  call('ZADD', deadlines_key, deadline, job_id)
-  if waiting == 0 then
+  if j.quota_key ~= j.key then
+    call('ZREMRANGEBYSCORE', j.quota_key, '-inf', now)
+    call('ZADD', j.quota_key, deadline, j.id)
+    keep(j.quota_key, math.max(60000, deadline - now + 120000))
+  end
+  deadlines[#deadlines + 1] = deadline
+  deadlines[#deadlines + 1] = j.id
+  if j.gateway ~= '' then
+    local set = sets[j.set_key]
+    if not set then
+      set = {ttl = 60000}
+      sets[j.set_key] = set
+    end
+    set[#set + 1] = j.id
+    set.ttl = math.max(set.ttl, deadline - now + job_keep)
+  end
+  return {'new', 'queued', j.fence, deadline}
+end
+
+-- The indexes of new jobs, and one wake for all; that of a lone job carries its queue entry, so that a dispatcher that knows
+-- the nodes need not look.
+local function announce(was_empty, last)
+  if #deadlines == 0 then
+    return
+  end
+  call('ZADD', deadlines_key, unpack(deadlines))
+  for key, set in pairs(sets) do
+    call('SADD', key, unpack(set))
+    keep(key, set.ttl)
+  end
+  if was_empty then
     call('SADD', queues_key, queue)
   end
-  if gateway ~= '' then
-    call('SADD', set_key, job_id)
-    keep(set_key, math.max(60000, deadline - now + job_keep))
+  if #deadlines == 2 then
+    call('XADD', wake_key, 'MAXLEN', '~', 1000, '*', 'queue', queue, 'job', last.id, 'entry', last.entry, 'fence', last.fence,
+      'out', out_of(last.route), 'est_prompt', last.est_prompt, 'est_new', last.est_new, 'deadline', last.deadline)
+  else
+    call('XADD', wake_key, 'MAXLEN', '~', 1000, '*', 'queue', queue, 'job', last.id)
   end
-  if quota_key ~= job_key then
-    call('ZREMRANGEBYSCORE', quota_key, '-inf', now)
-    call('ZADD', quota_key, deadline, job_id)
-    keep(quota_key, math.max(60000, deadline - now + 120000))
-  end
-  -- The wake of a new job carries its queue entry, so that a dispatcher that knows the nodes need not look.
-  call('XADD', wake_key, 'MAXLEN', '~', 1000, '*', 'queue', queue, 'job', job_id, 'entry', entry,
-    'fence', fence, 'out', out_of(route), 'est_prompt', est_prompt, 'est_new', est_new,
-    'deadline', deadline)
-  return fence, deadline
 end

@@ -1,4 +1,4 @@
--- What a node's hash says of its past: failure EWMA, counters, drain rate, circuit breaker.
+-- What a node's hash says of its past: failure EWMA, counters, drain rate (`_create.lua` reads it), circuit breaker.
 local FAILURE_WEIGHT = 0.1
 local DRAIN_MS = 30000
 
@@ -68,25 +68,4 @@ local function other_owner(node, holder, epoch, keep_ms)
   call('HSET', node, 'owner', holder, 'epoch', epoch)
   call('PEXPIRE', node, keep_ms)
   return nil
-end
-
--- Jobs that the nodes of a model end in a second, by their last half minute.
-local function drain_rate(prefix, model)
-  local rate = 0
-  for _, id in ipairs(call('ZRANGE', prefix .. 'model:' .. model, 0, 63)) do
-    local h = call('HMGET', prefix .. 'node:' .. id, 'done_rate', 'done_ms')
-    if filled(h[1]) and filled(h[2]) then
-      rate = rate + tonumber(h[1]) * math.exp(-(now - tonumber(h[2])) / DRAIN_MS)
-    end
-  end
-  return rate
-end
-
--- An honest wait: until `count` jobs have ended, by the present rate; 1 s .. 60 s, 5 s when nothing is known.
-local function wait_for(prefix, model, count)
-  local rate = drain_rate(prefix, model)
-  if rate < 0.001 then
-    return 5000
-  end
-  return floor(math.max(1000, math.min(60000, count * 1000 / rate)))
 end

@@ -1,20 +1,30 @@
 -- use: _create
--- A job comes in, or is found. Answers {'existing', state, fence, deadline, route}, {'new', 'queued', fence, deadline}
--- or {'refused', code, wait ms, detail, figure}.
-local found = existing()
-if found then
-  return found
-end
-if sub(route, 1, 6) == 'reply:' then
-  local kind = call('TYPE', out_key).ok
-  if kind ~= 'none' and kind ~= 'stream' then
-    return refuse({'refused', 'bad_reply', 0, kind, 0})
+-- Up to 64 jobs of one queue come in, or are found. Answers per job {'existing', state, fence, deadline, route},
+-- {'new', 'queued', fence, deadline} or {'refused', code, wait ms, detail, figure}.
+local answers = {}
+local length = call('XLEN', queue_key)
+local waiting, last = length, nil
+
+for k = 1, tonumber(ARGV[7]) do
+  local j = job_at(k)
+  local answer = existing(j)
+  if not answer then
+    local why
+    if sub(j.route, 1, 6) == 'reply:' then
+      local kind = call('TYPE', j.out_key).ok
+      if kind ~= 'none' and kind ~= 'stream' then
+        why = {'bad_reply', 0, kind, 0}
+      end
+    end
+    why = why or refusal(j, waiting)
+    if why then
+      answer = refuse(j, why)
+    else
+      answer = create(j)
+      waiting, last = waiting + 1, j
+    end
   end
+  answers[k] = answer
 end
-local waiting = call('XLEN', queue_key)
-local answer = refusal(waiting)
-if answer then
-  return refuse(answer)
-end
-local fence, deadline = create(waiting)
-return {'new', 'queued', fence, deadline}
+announce(length == 0, last)
+return answers
