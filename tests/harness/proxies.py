@@ -169,6 +169,8 @@ async def _listening(
         running.add(task)
         try:
             await serve(reader, writer)  # type: ignore[misc]  # FaultProxy.serve is a coroutine function
+        except asyncio.CancelledError:
+            pass  # only ever by the end of the proxy, below
         finally:
             running.discard(task)
 
