@@ -8,6 +8,7 @@
 It is a `Caller` with plain words around it: the same resume, re-drive and exactly-one-end as a gateway.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Self
@@ -24,6 +25,8 @@ from bus.layout import read_layout
 from bus.link import ServerAddress
 from bus.settings import Settings
 from bus.wire import Policy
+
+LAYOUT_WAIT_S = 5.0
 
 Messages = str | Sequence[Mapping[str, Any]]
 
@@ -67,15 +70,28 @@ class Client:
     def __init__(self, redis_url: str, *, model: str = Settings().model, settings: Settings | None = None) -> None:
         self.model = model
         self._address = ServerAddress.parse(redis_url)
-        self._settings = settings or Settings()
+        self._given = settings
         self._caller: Caller | None = None
 
     async def connect(self) -> Self:
-        """Raises LinkDown or ServerError of `bus.link` when the server cannot be used."""
-        layout = await read_layout(self._address)
-        settings = self._settings.changed(cells=layout.cells) if layout is not None else self._settings
+        """Raises LinkDown or ServerError of `bus.link` when the server cannot be used, ChatError(`no_fleet`) when no
+        fleet was ever started on it."""
+        settings = await self._with_cells()
         self._caller = await Caller(self._address, settings, name="client").start()
         return self
+
+    async def _with_cells(self) -> Settings:
+        """The settings with the number of cells that the fleet has written; a fleet that just starts is waited for."""
+        until = asyncio.get_running_loop().time() + LAYOUT_WAIT_S
+        while (layout := await read_layout(self._address)) is None:
+            if self._given is not None:
+                return self._given
+            if asyncio.get_running_loop().time() >= until:
+                raise ChatError(
+                    "no_fleet", f"no fleet has been started on {self._address} yet: start one, or correct the URL"
+                )
+            await asyncio.sleep(0.1)
+        return (self._given or Settings()).changed(cells=layout.cells)
 
     async def close(self) -> None:
         if self._caller is not None:

@@ -65,5 +65,12 @@ async def wait_until(
         if outcome:
             return
         if time.monotonic() > deadline:
-            pytest.fail(f"still not so after {timeout_s:g} s: {inspect.getsource(condition).strip()}")
+            pytest.fail(f"still not so after {timeout_s:g} s: {_describe(condition)}")
         await asyncio.sleep(step_s)
+
+
+def _describe(condition: object) -> str:
+    try:
+        return inspect.getsource(condition).strip()  # type: ignore[arg-type]  # a partial has no source
+    except TypeError:
+        return repr(condition)
