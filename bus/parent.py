@@ -197,7 +197,8 @@ class Parent:
 
     async def _pause(self, delay_s: float) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._stop.wait(), delay_s)
+            async with asyncio.timeout(delay_s):
+                await self._stop.wait()
 
     async def _run_child(self) -> int:
         """Start a child, listen to its facts, wait for its end. Returns its exit code; negative is a signal."""
@@ -238,7 +239,8 @@ class Parent:
         with contextlib.suppress(ProcessLookupError):
             child.send_signal(signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._kill.wait(), self._role.stop_ms(self._settings) / 1000 + KILL_MARGIN_S)
+                async with asyncio.timeout(self._role.stop_ms(self._settings) / 1000 + KILL_MARGIN_S):
+                    await self._kill.wait()
             child.kill()
 
     async def _release(self, facts: frozenset[str]) -> None:
@@ -246,7 +248,8 @@ class Parent:
         limit_s = STOP_RELEASE_S if self._stop.is_set() else self._settings.lease_ms / 1000
         try:
             release = (await self._warmed()).release
-            await asyncio.wait_for(release(self._settings, facts), limit_s)
+            async with asyncio.timeout(limit_s):
+                await release(self._settings, facts)
         except TimeoutError:
             log.warning("could not give back what the child held, its lease lapses", extra={"facts": sorted(facts)})
         except Exception:

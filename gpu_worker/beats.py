@@ -1,6 +1,7 @@
 """Beats of a worker's node: full state, so that any one of them recreates the node after a FLUSHALL."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -93,7 +94,6 @@ class Beater:
                     told, told_s = beat, now_s
                 except LinkError as error:
                     log.warning("beat not sent", extra={"node": self._node, "error": str(error)})
-            try:
-                await asyncio.wait_for(self._nudged.wait(), min(LOOK_S, self._beat_s))
-            except TimeoutError:
-                pass
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(LOOK_S, self._beat_s)):
+                    await self._nudged.wait()

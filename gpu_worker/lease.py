@@ -12,6 +12,7 @@ to the service's loop; it shares nothing else. A success counts from before the 
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -120,7 +121,7 @@ class LeaseThread:
     async def start(self) -> None:
         """Raises LinkError if the server cannot be reached."""
         self._thread.start()
-        await asyncio.wrap_future(self._started)
+        await asyncio.shield(asyncio.wrap_future(self._started))
 
     def add(self, tenure: Tenure) -> None:
         """Renew this node from now on, first at once."""
@@ -165,10 +166,9 @@ class LeaseThread:
                 began_s = time.monotonic()
                 ok = await self._renew_all(cells)
                 rest_s = (period_s if ok else period_s / RETRIES_PER_PERIOD) - (time.monotonic() - began_s)
-                try:
-                    await asyncio.wait_for(self._now.wait(), max(rest_s, 0.01))
-                except TimeoutError:
-                    pass
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(max(rest_s, 0.01)):
+                        await self._now.wait()
         finally:
             for link in links:
                 await link.close()

@@ -9,6 +9,7 @@ read; when it has room again, or a node is added, the blocked read is ended earl
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -185,10 +186,9 @@ class NodeReader:
                 await served.inbox.take_control(entries)
 
     async def _wait_for_change(self) -> None:
-        try:
-            await asyncio.wait_for(self._changed.wait(), self._block_ms / 1000)
-        except TimeoutError:
-            pass
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._block_ms / 1000):
+                await self._changed.wait()
         self._heard_s = time.monotonic()  # nothing was asked
 
     def _interrupt(self) -> None:

@@ -6,6 +6,7 @@ same parts: gpu_worker.relay_engine.service.
 """
 
 import asyncio
+import importlib
 import importlib.metadata
 import logging
 from collections.abc import AsyncIterator
@@ -30,7 +31,7 @@ from gpu_worker.reader import NodeReader
 from gpu_worker.service import NodeService
 
 RELAY = "gpu_worker.relay_engine.service:run"
-TORCH = "gpu_worker.torch_engine.settings:make_torch_engine"  # (settings) -> Engine; imports torch
+TORCH = "gpu_worker.torch_factory:make_torch_engine"  # imports torch
 OWN_PATIENCE = 3  # leases to wait for an older holder's to lapse
 CLOSE_S = 3.0
 
@@ -45,53 +46,61 @@ async def run(settings: Settings, parent: ParentLine) -> None:
         await resolve(RELAY)(settings, parent)
         return
     address = await prepare_server(settings)
-    engine = make_engine(settings)
+    started = await start_unless_stopped(settings, parent.stop)
+    if started is None:
+        return
+    engine, info = started
     try:
-        info = await start_engine(engine, parent.stop)
-        if info is not None:
-            await serve(settings, parent, address, engine, info)
+        await serve(settings, parent, address, engine, info)
     finally:
         await close_engine(engine)
 
 
-def make_engine(settings: Settings) -> Engine:
-    if settings.engine == "echo":
-        names = [name.strip() for name in settings.echo_models.split(",") if name.strip()]
-        if not names or not all(is_model_name(name) for name in names):
-            raise StartError(f"MILLRACE_ECHO_MODELS={settings.echo_models!r} is no comma list of model names")
-        knobs = EchoKnobs(
-            delay_ms=settings.echo_delay_ms,
-            first_ms=settings.echo_first_ms,
-            fail_at=settings.echo_fail_at,
-            poison=settings.echo_poison,
-        )
-        return EchoEngine(models=names, capacity=settings.capacity, knobs=knobs)
-    module, _, function = TORCH.partition(":")
-    try:
-        engine: Engine = getattr(importlib.import_module(module), function)(settings)
-    except EngineStartError as error:
-        raise StartError(str(error)) from error
-    return engine
-
-
-async def start_engine(engine: Engine, stop: asyncio.Event) -> EngineInfo | None:
-    """Load the model; None if told to stop meanwhile. Raises StartError with what to do."""
-    starting = asyncio.create_task(engine.start(), name="engine start")
+async def start_unless_stopped(settings: Settings, stop: asyncio.Event) -> tuple[Engine, EngineInfo] | None:
+    """Loading a model takes seconds; None if told to stop meanwhile. Raises StartError with what to do."""
+    starting = asyncio.create_task(start_engine(settings), name="engine start")
     stopping = asyncio.create_task(stop.wait(), name="stop")
-    await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
-    if not starting.done():
-        starting.cancel()
-        return None
     try:
-        return starting.result()
+        await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+        return starting.result() if starting.done() else None
+    finally:
+        starting.cancel()
+        stopping.cancel()
+
+
+async def start_engine(settings: Settings) -> tuple[Engine, EngineInfo]:
+    try:
+        engine = make_echo_engine(settings) if settings.engine == "echo" else await make_torch_engine(settings)
+        return engine, await engine.start()
     except EngineStartError as error:
         raise StartError(str(error)) from error
+
+
+def make_echo_engine(settings: Settings) -> Engine:
+    names = [name.strip() for name in settings.echo_models.split(",") if name.strip()]
+    if not names or not all(is_model_name(name) for name in names):
+        raise EngineStartError(f"MILLRACE_ECHO_MODELS={settings.echo_models!r} is no comma list of model names")
+    knobs = EchoKnobs(
+        delay_ms=settings.echo_delay_ms,
+        first_ms=settings.echo_first_ms,
+        fail_at=settings.echo_fail_at,
+        poison=settings.echo_poison,
+    )
+    return EchoEngine(models=names, capacity=settings.capacity, knobs=knobs)
+
+
+async def make_torch_engine(settings: Settings) -> Engine:
+    """In a thread: importing torch and converting a model each take seconds."""
+    module, _, function = TORCH.partition(":")
+    imported = await asyncio.to_thread(importlib.import_module, module)
+    engine: Engine = await asyncio.to_thread(getattr(imported, function), settings)
+    return engine
 
 
 async def close_engine(engine: Engine) -> None:
     try:
-        await asyncio.wait_for(engine.close(), CLOSE_S)
+        async with asyncio.timeout(CLOSE_S):
+            await engine.close()
     except TimeoutError:
         log.warning("the engine does not close, the process ends without it")
 
@@ -148,8 +157,8 @@ async def serve(
             return
         parent.owns(number, node, owned.holder)
         lease = LeaseThread(address, settings, cells=[number], name=node)
-        await lease.start()
         try:
+            await lease.start()
             await _serve_owned(settings, parent, address, cell, engine, info, owned, lease)
         finally:
             await lease.close()
