@@ -87,7 +87,7 @@ class NodeCalls(CellBase):
             for member in members:
                 job_id, _, fence = member.partition("/")
                 answer = await self._requeue(JobId(job_id), Fence(fence), "down", f"{holder} died")
-                if isinstance(answer, Requeued | Ended):
+                if isinstance(answer, Requeued) or (isinstance(answer, Ended) and not answer.earlier):
                     ended.append(answer)
         return ended
 
@@ -134,6 +134,13 @@ class NodeCalls(CellBase):
             [node, self.settings.node_keep_ms],
         )
         return Applied(answer.decode())
+
+    async def note_silent(self, node: NodeId, last_beat_ms: int) -> bool:
+        """Its beats have stopped: an event `node_down`, once each time it falls silent. False: known already, or it
+        has beaten meanwhile."""
+        keys = self.keys
+        names = [keys.node(node), keys.node_alive(node), keys.nodes_known, keys.events]
+        return bool(await self._call("silent", names, [node, last_beat_ms]))
 
     async def nodes(self) -> list[NodeView]:
         """All known nodes, alive or not, by id. One script call."""

@@ -6,7 +6,7 @@ over after an idle time. Work on nodes follows reservations instead (docs/protoc
     new entries (">")          blocking
     own pending entries ("0")  after each (re)connect, and after a batch whose handling failed
     others' pending entries    XAUTOCLAIM every half idle time
-    consumers that are gone    removed by a script, only with nothing pending
+    consumers that are gone    removed by themselves at a stop, else by the sweep; only with nothing pending
 """
 
 import asyncio
@@ -15,10 +15,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from bus.link import Entry, Link, LinkError, Reader, Script, ServerError, to_entry
-from bus.scripts import load_script
-
-GONE_FACTOR = 12  # a consumer that has not read for so many idle times is gone: live ones read every BLOCK
+from bus.link import Entry, Link, LinkError, Reader, ServerError, to_entry
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +37,6 @@ class GroupReader:
         self._own_pending = False
         self._cursor = "0-0"
         self._claim_at = 0.0
-        self._clean_at = 0.0
-        self._drop = Script("drop_consumers", load_script("drop_consumers").source)
 
     async def next_batch(self, count: int, block_ms: int) -> list[Entry]:
         """Entries to handle, oldest first; [] after block_ms without any. One without fields is gone: only ack it."""
@@ -78,22 +73,12 @@ class GroupReader:
             with contextlib.suppress(LinkError):
                 await self._link.send("CLIENT", "UNBLOCK", info.client_id)
 
-    async def clean(self) -> int:
-        """Remove consumers that are gone, at most once an idle time. Returns how many."""
-        now = asyncio.get_running_loop().time()
-        if now < self._clean_at:
-            return 0
-        self._clean_at = now + self._claim_idle_ms / 1000
-        removed = int(
-            await self._link.script(self._drop, [self.stream], [self.group, self._claim_idle_ms * GONE_FACTOR])
-        )
-        if removed:
-            log.info("consumers removed", extra={"stream": self.stream, "group": self.group, "count": removed})
-        return removed
-
     async def leave(self) -> None:
-        """Remove this consumer, if nothing of it is pending: nobody else reads under its name."""
-        await self._link.script(self._drop, [self.stream], [self.group, -1, self.consumer])
+        """Remove this consumer, if nothing of it is pending (XGROUP DELCONSUMER drops that silently). Only its own
+        reads, which have ended, could add to that."""
+        with contextlib.suppress(ServerError):  # NOGROUP: there is nothing to leave
+            if not await self._link.send("XPENDING", self.stream, self.group, "-", "+", 1, self.consumer):
+                await self._link.send("XGROUP", "DELCONSUMER", self.stream, self.group, self.consumer)
 
     async def _read(self, start: str, count: int, block_ms: int) -> list[Entry]:
         batch = await self._reader.xreadgroup(

@@ -41,7 +41,6 @@ class FrontDoor:
             except LinkError:
                 self.group.failed()
                 raise
-        await self.group.clean()
 
     async def _handle(self, entries: Sequence[Entry]) -> None:
         await self.group.done([entry_id for entry_id, fields in entries if not fields])  # deleted meanwhile

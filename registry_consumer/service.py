@@ -37,7 +37,7 @@ from registry_consumer.news import kind_of, to_news
 
 BATCH = 500
 MAY_PASS = {"OOM", "READONLY", "LOADING", "BUSY", "MASTERDOWN", "NOREPLICAS", "MISCONF", "NOPERM", "CLUSTERDOWN"}
-REMOVE_EVERY_S = 5.0
+AGE_EVERY_S = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -77,11 +77,13 @@ class Registry:
             cell.link, reader, cell.keys.nodes, REGISTRY_GROUP, consumer, claim_idle_ms=cell.settings.claim_idle_ms
         )
 
+        self._said: dict[NodeId, int] = {}  # silent nodes, with the beat after which that was said
+
     async def run(self, stop: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as group:
             steps = [
                 group.create_task(keep_doing("registry batch", self.step, stop), name="batches"),
-                group.create_task(keep_doing("node removal", lambda: self._remove(stop), stop), name="removal"),
+                group.create_task(keep_doing("node ages", lambda: self._age(stop), stop), name="ages"),
             ]
             await stop.wait()
             await until_done(steps, self._group.unblock)
@@ -99,7 +101,6 @@ class Registry:
             except LinkError:
                 self._group.failed()
                 raise
-        await self._group.clean()
 
     async def apply(self, entries: Sequence[Entry]) -> None:
         """Apply what the batch amounts to, then acknowledge all of it."""
@@ -146,13 +147,26 @@ class Registry:
         log.warning("dead letter", extra={"stream": "nodes", "entry": entry_id, "why": reason})
         await self._cell.dead_letter(self._cell.keys.nodes, entry_id, reason, fields, group=REGISTRY_GROUP)
 
-    async def _remove(self, stop: asyncio.Event) -> None:
-        """Forget nodes whose last beat is older than node_keep_ms; one script each, which checks again."""
-        keys, link = self._cell.keys, self._cell.link
-        seconds, micros = await link.send("TIME")
-        oldest = int(seconds) * 1000 + int(micros) // 1000 - self._settings.node_keep_ms
-        for raw in await link.send("ZRANGEBYSCORE", keys.nodes_known, "-inf", f"({oldest}", "LIMIT", 0, 100):
-            node = NodeId(raw.decode())
-            if (await self._cell.remove_node(node)).status == "applied":
-                log.info("node forgotten", extra={"node": node, "why": "no beat for node_keep_ms"})
-        await pause(stop, min(REMOVE_EVERY_S, self._settings.node_keep_ms / 1000))
+    async def _age(self, stop: asyncio.Event) -> None:
+        """What time does to nodes: silent ones are said to be down, long silent ones are forgotten. Scripts check."""
+        settings, cell = self._settings, self._cell
+        seconds, micros = await cell.link.send("TIME")
+        now_ms = int(seconds) * 1000 + int(micros) // 1000
+        for node, beat_ms in await self._silent(now_ms - settings.node_ttl_ms):
+            if beat_ms <= now_ms - settings.node_keep_ms:
+                if (await cell.remove_node(node)).status == "applied":
+                    log.info("node forgotten", extra={"node": node, "why": "no beat for node_keep_ms"})
+            elif self._said.get(node) != beat_ms:
+                self._said[node] = beat_ms
+                if await cell.note_silent(node, beat_ms):
+                    log.info("node down", extra={"node": node, "why": "no beat for node_ttl_ms"})
+        await pause(stop, min(AGE_EVERY_S, settings.node_ttl_ms / 1000))
+
+    async def _silent(self, before_ms: int) -> list[tuple[NodeId, int]]:
+        """Known nodes without a beat since then, with the time of their last one. Forgets what it said of others."""
+        raw = await self._cell.link.send(
+            "ZRANGEBYSCORE", self._cell.keys.nodes_known, "-inf", f"({before_ms}", "WITHSCORES"
+        )
+        silent = [(NodeId(name.decode()), int(float(score))) for name, score in zip(raw[::2], raw[1::2], strict=True)]
+        self._said = {node: beat_ms for node, beat_ms in silent if self._said.get(node) == beat_ms}
+        return silent

@@ -8,7 +8,6 @@ import pytest
 
 from bus.group import GroupReader
 from bus.link import Entry, Link, Reader, ServerAddress
-from tests.conftest import wait_until
 from tests.harness.servers import ValkeyServer
 
 STREAM, GROUP = "millrace:{c0}:nodes", "registry_consumer"
@@ -103,22 +102,6 @@ async def test_a_consumer_is_removed_only_with_nothing_pending(address: ServerAd
         await busy.done([entries[0][0]])
         await busy.leave()
         assert await names() == []
-
-
-async def test_consumers_that_are_gone_are_removed_by_the_living(address: ServerAddress, link: Link) -> None:
-    async with consumer(address, "dead") as dead:
-        await dead.next_batch(10, 600)  # the first read only makes the group
-        await dead.next_batch(10, 10)
-    async with consumer(address, "alive") as alive:
-
-        async def cleaned() -> bool:
-            await alive.next_batch(10, 10)
-            return await alive.clean() > 0
-
-        await wait_until(cleaned, timeout_s=5)
-        names = [flat[1] for flat in await link.send("XINFO", "CONSUMERS", STREAM, GROUP)]
-
-    assert names == [b"alive"]
 
 
 async def test_a_blocked_read_ends_when_told(address: ServerAddress) -> None:

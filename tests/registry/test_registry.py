@@ -246,7 +246,7 @@ async def test_after_a_flush_a_worker_is_whole_again_with_its_next_beat(cell: Ce
 
 
 async def test_a_node_without_beats_for_long_is_forgotten_whole(cell: Cell, settings: Settings) -> None:
-    short = settings.changed(node_ttl_ms=300, beat_ms=50, node_keep_ms=600)
+    short = settings.changed(node_ttl_ms=900, beat_ms=50, node_keep_ms=1_200)
     async with registry(short):
         await cell.publish_node_event(beat("w", 5))
         await wait_until(lambda: is_alive(cell, "w"))
@@ -258,6 +258,40 @@ async def test_a_node_without_beats_for_long_is_forgotten_whole(cell: Cell, sett
 
     keys = [key.decode() for key in await cell.link.send("KEYS", "*")]
     assert [key for key in keys if "node:w" in key] == []
+
+
+async def events_of(cell: Cell, node: str) -> list[str]:
+    entries = await cell.link.send("XRANGE", cell.keys.events, "-", "+")
+    found = [dict(zip(flat[::2], flat[1::2], strict=True)) for _, flat in entries]
+    return [one[b"type"].decode() for one in found if one[b"subject"] == node.encode()]
+
+
+async def test_a_node_that_falls_silent_is_said_to_be_down_once_and_up_when_it_beats_again(
+    cell: Cell, settings: Settings
+) -> None:
+    """Whoever of several consumers notices; a node that is silent stays registered."""
+    short = settings.changed(node_ttl_ms=900, beat_ms=50)
+    async with registry(short), registry(short):
+        for down in (1, 2):
+            await cell.publish_node_event(beat("w", 5))
+            await wait_until(lambda: is_alive(cell, "w"))
+            await wait_until(lambda: _downs(cell, "w", down))  # noqa: B023
+        await asyncio.sleep(0.4)
+
+    assert await events_of(cell, "w") == ["node_up", "node_down", "node_up", "node_down"]
+    assert await cell.node(NodeId("w")) is not None
+
+
+async def _downs(cell: Cell, node: str, count: int) -> bool:
+    return (await events_of(cell, node)).count("node_down") == count
+
+
+async def test_every_cell_has_its_own_registry(settings: Settings, link: Link) -> None:
+    three = settings.changed(cells=3)
+    last = Cell(link, 2, three)
+    async with registry(three):
+        await last.publish_node_event(beat("w", 5))
+        await wait_until(lambda: is_alive(last, "w"))
 
 
 async def test_three_consumers_one_killed_in_the_middle_of_a_backlog_of_5000_beats(
