@@ -1,13 +1,11 @@
 """What can go wrong with a node, and whose fault it is. Pure."""
 
-import re
 from typing import Literal
 
 import orjson
 
 MESSAGE_CHARS_MAX = 300
 
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 _CONTEXT_WORDS = (
     "context_length_exceeded",
     "maximum context length",
@@ -59,7 +57,7 @@ class Diverged(CallFailed):
 
 def sanitise(text: str) -> str:
     """A node's own words in a form that may go into logs, errors and JSON: one short printable line."""
-    line = _UNPRINTABLE.sub(" ", text).strip()
+    line = "".join(char if char.isprintable() else " " for char in text[: 2 * MESSAGE_CHARS_MAX]).strip()
     return line if len(line) <= MESSAGE_CHARS_MAX else line[: MESSAGE_CHARS_MAX - 3] + "..."
 
 

@@ -4,6 +4,8 @@ from typing import Any
 
 import orjson
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bus.ids import ModelName
 from bus.jobs import ChatJob, Message, Sampling
@@ -220,3 +222,41 @@ def test_a_node_that_reports_no_usage_is_counted_by_its_chunks_or_its_bytes() ->
 
 def test_node_broke_is_the_nodes_fault() -> None:
     assert NodeBroke("x").fault == "node"
+
+
+known_names = st.sampled_from(
+    [
+        "choices",
+        "delta",
+        "content",
+        "message",
+        "text",
+        "finish_reason",
+        "usage",
+        "error",
+        "detail",
+        "code",
+        "data",
+        "id",
+    ]
+)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(known_names, inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@given(json_values.map(orjson.dumps) | st.binary(max_size=60))
+@settings(max_examples=400, deadline=None)
+def test_whatever_a_node_sends_is_a_chunk_or_a_failure_with_a_printable_line(raw: bytes) -> None:
+    """Anything else would be an error of ours, in the middle of somebody's job."""
+    for read in (read_answer, read_simple, lambda one: read_event(one.decode(errors="replace"))):
+        try:
+            chunk = read(raw)
+        except CallFailed as failure:
+            assert failure.message.isprintable()  # noqa: PT017 - either outcome is right
+        else:
+            chunk.text.encode()
+    assert failure_of_status(400, raw).message.isprintable()
+    read_models("u", raw)
