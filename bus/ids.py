@@ -5,7 +5,7 @@ Nothing here touches Redis. An id that fails its pattern never reaches a key.
 
 import hashlib
 import re
-import uuid
+import secrets
 from typing import NewType
 
 JobId = NewType("JobId", str)  # "c2-<own id>": a job id begins with its cell
@@ -34,7 +34,7 @@ def is_own_id(text: str) -> bool:
 
 
 def new_job_id(cell: int, own_id: str | None = None) -> JobId:
-    return JobId(f"c{cell}-{own_id or uuid.uuid4().hex}")
+    return JobId(f"c{cell}-{own_id or secrets.token_hex(16)}")
 
 
 def parse_cell(job_id: str, cells: int) -> int | None:
@@ -51,7 +51,11 @@ def rendezvous(key: str, candidates: list[str]) -> list[str]:
 
     Source: rendezvous hashing (Thaler and Ravishankar, 1996).
     """
-    return sorted(candidates, key=lambda one: hashlib.blake2b(f"{one}\0{key}".encode(), digest_size=8).digest(), reverse=True)
+
+    def weight(one: str) -> bytes:
+        return hashlib.blake2b(f"{one}\0{key}".encode(), digest_size=8).digest()
+
+    return sorted(candidates, key=weight, reverse=True)
 
 
 def cell_of_model(model: str, cells: int) -> int:
