@@ -57,7 +57,8 @@ class Diverged(CallFailed):
 
 def sanitise(text: str) -> str:
     """A node's own words in a form that may go into logs, errors and JSON: one short printable line."""
-    line = "".join(char if char.isprintable() else " " for char in text[: 2 * MESSAGE_CHARS_MAX]).strip()
+    printable = "".join(char if char.isprintable() else " " for char in text[: 2 * MESSAGE_CHARS_MAX])
+    line = " ".join(printable.split())
     return line if len(line) <= MESSAGE_CHARS_MAX else line[: MESSAGE_CHARS_MAX - 3] + "..."
 
 

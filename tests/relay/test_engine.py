@@ -268,7 +268,7 @@ async def test_a_request_that_the_node_refuses_is_the_clients_fault_with_the_nod
 
     end = (await bench.run()).end
 
-    assert (end.fault, end.error_code, end.error_message) == ("client", "bad_request", "top_p is wrong  [31m")
+    assert (end.fault, end.error_code, end.error_message) == ("client", "bad_request", "top_p is wrong [31m")
 
 
 async def test_a_prompt_beyond_the_context_is_named_as_such(bench: Bench, node: FakeNode) -> None:
