@@ -119,9 +119,9 @@ class CellBase:
         match answer[0]:
             case b"requeued":
                 return Requeued(job_id, answer[1].decode(), int(answer[2]), alone=answer[3] == b"1")
-            case b"ended" if len(answer) == 2:
-                return Ended(job_id, answer[1].decode())
-            case b"not" | b"ended":
+            case b"ended":
+                return Ended(job_id, answer[1].decode(), earlier=len(answer) > 2)
+            case b"not":
                 return NotYours(job_id, answer[1].decode())
             case _:
                 return NotYours(job_id, "unknown")

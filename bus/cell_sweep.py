@@ -36,7 +36,7 @@ class SweepCalls(FollowCalls, NodeCalls, CellBase):
             reply = await self._requeue(JobId(job_id), Fence(fence), "expired", "its reservation expired")
             if isinstance(reply, Requeued):
                 requeued.append(reply)
-            elif isinstance(reply, Ended):
+            elif isinstance(reply, Ended) and not reply.earlier:
                 ended.append(reply)
         released = 0
         for raw in late:

@@ -1,7 +1,7 @@
 -- use: _change
 -- Hand a running attempt back. The only rule that retries a job.
 -- why: crash | node_error | drain | unread | relay_lost, or `expired` and `down`, which are resolved here.
--- Answers {'requeued', why, due, alone}, {'ended', state}, {'not', state}, {'moved'}, {'unknown'}.
+-- Answers {'requeued', why, due, alone}, {'ended', state}, {'ended', state, 'earlier'}, {'not', state}, {'moved'}, {'unknown'}.
 local why, detail = ARGV[11], ARGV[12]
 local backoff_ms, node_errors_max, crashes_max, breaker_ms, breaker_max = tonumber(ARGV[13]), tonumber(ARGV[14]),
   tonumber(ARGV[15]), tonumber(ARGV[16]), tonumber(ARGV[17])
@@ -13,6 +13,7 @@ end
 
 local answer = elsewhere()
 if answer then
+  answer[3] = 'earlier'
   return answer
 elseif job.state ~= 'running' or (why == 'expired' and is_held()) then
   return {'not', job.state}
