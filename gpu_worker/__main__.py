@@ -19,4 +19,5 @@ def configure(settings: Settings, arguments: list[str]) -> Settings:
 
 if __name__ == "__main__":
     role = Role("gpu_worker", child="gpu_worker.worker:run", configure=configure, names=node_names)
-    sys.exit(run_role(role, sys.argv[1:], os.environ))
+    # torch's CPU threads wait for the next step asleep: spinning takes the cores from everything else here.
+    sys.exit(run_role(role, sys.argv[1:], {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}))

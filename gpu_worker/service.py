@@ -35,7 +35,7 @@ from bus.wire import (
     Superseded,
     attempt_of,
 )
-from gpu_worker.engine import Engine, GenerateRequest, Piece
+from gpu_worker.engine import End, Engine, GenerateRequest, Piece
 from gpu_worker.lease import LeaseThread, Tenure
 from gpu_worker.publisher import Call, EngineFault, Held, Publisher
 from gpu_worker.reader import NodeReader
@@ -192,12 +192,14 @@ class NodeService:
         self, assignment: Assignment, payload: bytes, text: bytes, tokens: tuple[int, ...], now_s: float
     ) -> None:
         job = decode_payload(payload)
-        if job is None:
-            await self._bury(assignment.entry_id, {"payload": payload[:1024]}, "the payload is no job", delete=False)
-            self._hand_back(to_held(assignment, now_s), "node_error", "the payload is no job of this release")
-            return
         held = to_held(assignment, now_s, text, tokens, keeps_tokens=self._resumes and (bool(tokens) or not text))
         self._publisher.hold(held)
+        if job is None:  # no node of this release can read it: another attempt would only close more breakers
+            message = "the payload is no job of this release"
+            await self._bury(assignment.entry_id, {"payload": payload[:1024]}, message)
+            self._publisher.end(held, End("error", error_code="bad_payload", error_message=message))
+            self._pump()
+            return
         self._engine.submit(
             GenerateRequest(
                 sequence=held.sequence,
@@ -222,9 +224,7 @@ class NodeService:
             else:
                 self._engine.cancel(f"{control.job_id}/{control.fence}")
 
-    async def _bury(
-        self, entry_id: str, fields: dict[str, bytes], reason: str, *, of_control: bool = False, delete: bool = True
-    ) -> None:
+    async def _bury(self, entry_id: str, fields: dict[str, bytes], reason: str, *, of_control: bool = False) -> None:
         """A dead letter for an entry that is not ours to understand; a job behind it lapses as unread."""
         keys = self._cell.keys
         source = keys.node_control(self._node) if of_control else keys.node_jobs(self._node)

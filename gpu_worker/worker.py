@@ -188,7 +188,7 @@ async def _serve_owned(
         since_ms=owned.epoch,
         resumes=bool(info.resume_digest),
     )
-    version = importlib.metadata.version("millrace")
+    version = package_version()
     beater = Beater(
         cell,
         owned.node,
@@ -213,6 +213,13 @@ async def _serve_owned(
         await service.run(parent.stop, say_bye)
         beating.cancel()
         reading.cancel()
+
+
+def package_version() -> str:
+    try:
+        return importlib.metadata.version("millrace")
+    except importlib.metadata.PackageNotFoundError:
+        return "source"
 
 
 async def _give_up(cell: Cell, owned: Owned) -> None:

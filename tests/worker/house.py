@@ -16,7 +16,7 @@ from bus.jobs import ChatJob, Message
 from bus.keys import CellKeys
 from bus.link import Link, LinkError, Reader, ServerAddress, to_entry
 from bus.settings import Settings
-from bus.wire import Accepted, Assigned, Pick, Submission, new_nonce
+from bus.wire import Accepted, Assigned, CellView, Pick, Submission, new_nonce
 from tests.conftest import wait_until
 
 # Times short enough for a test, long enough for a busy machine.
@@ -121,18 +121,20 @@ class House:
         if not self.dispatching:
             return
         view = await self.cell.look()
+        nodes = sorted(view.nodes.values(), key=lambda node: node.running / node.capacity)
+        await self._assign(view, [node.node for node in nodes if node.usable(view.now_ms)])
+
+    async def assign_to(self, *names: str) -> None:
+        """Give all waiting jobs to these nodes, in turn."""
+        await self._assign(await self.cell.look(), [NodeId(name) for name in names])
+
+    async def _assign(self, view: CellView, names: list[NodeId]) -> None:
         for queue in view.queues:
-            nodes = sorted(view.nodes.values(), key=lambda node: node.running / node.capacity)
-            names = tuple(node.node for node in nodes if node.usable(view.now_ms))
-            picks = [
-                Pick(head.entry_id, head.job_id, head.fence, head.out, names, new_nonce())
-                for head in queue.heads
-                if names
-            ]
-            for pick in picks:
+            for head in queue.heads if names else ():
+                pick = Pick(head.entry_id, head.job_id, head.fence, head.out, tuple(names), new_nonce())
                 [answer] = await self.cell.assign(queue.queue, [pick])
                 if isinstance(answer, Assigned):
-                    names = (*names[1:], *names[:1])
+                    names = [*names[1:], names[0]]
 
     async def _sweep(self) -> None:
         await self.cell.sweep("house")

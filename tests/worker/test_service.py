@@ -1,19 +1,20 @@
 """A worker on a real server: jobs end once, with the whole text, whatever happens around them."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 
 from bus.child import ParentLine
+from bus.exits import leaves
 from bus.ids import NodeId
 from bus.settings import Settings
+from bus.wire import Superseded
 from gpu_worker.worker import run
+from tests.conftest import wait_until
 from tests.harness.servers import ValkeyServer
 from tests.worker.house import SETTINGS, House, open_house
-
-Start = Callable[..., AbstractAsyncContextManager[ParentLine]]
 
 
 @asynccontextmanager
@@ -60,3 +61,167 @@ async def test_many_short_jobs_all_end_and_leave_nothing_behind(house: House):
         assert await house.cell.link.send("XLEN", keys.node_jobs(node)) == 0
         assert (await house.cell.link.send("XPENDING", keys.node_jobs(node), "workers"))[0] == 0
     assert all(len(told.ends) == 1 for told in house.told.values())
+
+
+async def test_a_long_prompt_and_a_resumed_text_are_fetched(house: House):
+    """Over 8 KiB the payload does not travel in the entry."""
+    async with worker(house):
+        words = " ".join(f"word{number}" for number in range(2000))
+        job_id = await house.submit(words)
+
+        assert (await house.end_of(job_id)).state == "done"
+        assert await house.whole_text(job_id) == words.encode()
+
+
+async def test_a_cancelled_job_frees_its_slot_and_ends_as_cancelled(house: House):
+    async with worker(house, capacity=1):
+        slow = await house.submit("[[delay_ms=50 tokens=2000]] a")
+        await wait_until(lambda: house.told[slow].text)
+
+        await house.cell.cancel(slow, "test")
+        end = await house.end_of(slow)
+        after = await house.submit("next")
+
+        assert end.state == "cancelled"
+        assert (await house.end_of(after)).state == "done"
+
+
+async def test_a_job_past_its_deadline_is_stopped_in_the_engine(house: House):
+    async with worker(house, capacity=1):
+        slow = await house.submit("[[delay_ms=50 tokens=2000]] a", deadline_ms=600)
+        after = await house.submit("next")
+
+        assert (await house.end_of(slow)).state == "failed"
+        assert (await house.end_of(after)).state == "done"
+        assert len(house.told[slow].ends) == 1
+
+
+async def test_a_client_error_fails_at_once_with_its_code_and_does_not_blame_the_node(house: House):
+    async with worker(house):
+        job_id = await house.submit("[[fail_at=1 fault=client delay_ms=5]] a b")
+        end = await house.end_of(job_id)
+        node = await house.node("w1")
+
+        assert (end.state, end.error_code, len(house.told[job_id].attempts)) == ("failed", "bad_request", 1)
+        assert (node.failed, node.client_errors) == (0, 1)
+
+
+async def test_a_node_error_is_tried_elsewhere_until_the_limit(house: House):
+    """The engine's fault is not the client's: other nodes get their chance, each resuming what is there."""
+    async with worker(house, "w1"), worker(house, "w2"):
+        job_id = await house.submit("[[fail_at=2 delay_ms=5]] a b c")
+        end = await house.end_of(job_id)
+
+        told = house.told[job_id]
+        assert end.state == "failed" and len(told.attempts) == SETTINGS.node_errors_max
+        assert set(told.attempts) == {"w1", "w2"}
+        assert told.text == b"a b" and told.faults == []
+
+
+async def test_a_foreign_entry_is_put_away_with_its_reason_and_hurts_nobody(house: House):
+    async with worker(house):
+        key = house.cell.keys.node_jobs(NodeId("w1"))
+        await house.cell.link.send("XADD", key, "*", "what", "is this")
+        await house.cell.link.send("XADD", house.cell.keys.node_control(NodeId("w1")), "*", "type", "dance")
+        job_id = await house.submit("good neighbour")
+
+        assert (await house.end_of(job_id)).state == "done"
+        await wait_until(lambda: dead_letters(house, 2))
+        assert await house.cell.link.send("XLEN", key) == 0
+        assert (await house.cell.link.send("XPENDING", key, "workers"))[0] == 0
+
+
+async def dead_letters(house: House, count: int) -> bool:
+    return bool(await house.cell.link.send("XLEN", house.cell.keys.dead) == count)
+
+
+async def test_a_payload_that_is_no_job_ends_it_and_blames_nobody(house: House):
+    """No node of this release can read it, so trying others would only close their breakers."""
+    async with worker(house):
+        house.dispatching = False
+        job_id = await house.submit("fine once")
+        await house.cell.link.send("HSET", house.cell.keys.job(job_id), "payload", b"\xc1garbage")
+        house.dispatching = True
+
+        end = await house.end_of(job_id)
+        node = await house.node("w1")
+
+        assert (end.state, end.error_code, len(house.told[job_id].attempts)) == ("failed", "bad_payload", 1)
+        assert node.failed == 0
+        await wait_until(lambda: dead_letters(house, 1))
+
+
+async def test_a_draining_worker_finishes_or_hands_back_and_loses_no_token(house: House):
+    async with worker(house, "w2", capacity=1):
+        async with worker(house, "w1", capacity=3):
+            jobs = [await house.submit(f"[[delay_ms=40 tokens=25]] j{number} x y") for number in range(4)]
+            await wait_until(lambda: all(house.told[job].text for job in jobs))
+
+        ends = await house.ends_of(jobs)
+
+        assert {end.state for end in ends} == {"done"}
+        for number, job in enumerate(jobs):
+            words = [f"j{number}", "x", "y"]
+            assert house.told[job].text == " ".join(words[at % 3] for at in range(25)).encode()
+            assert house.told[job].faults == [] and len(house.told[job].ends) == 1
+        records = [await house.cell.job(job) for job in jobs]
+        assert [record.crashes for record in records if record] == [0] * 4
+        gone = await house.node("w1")
+        assert gone is None or not gone.usable(0)
+
+
+async def test_a_drain_order_stops_new_work_and_keeps_the_process(house: House):
+    async with worker(house, "w1"):
+        await house.cell.link.send("XADD", house.cell.keys.node_control(NodeId("w1")), "*", "type", "drain")
+
+        async def is_draining() -> bool:
+            return bool((await house.node("w1")).state == "draining")
+
+        await wait_until(is_draining)
+
+
+async def test_after_a_flushall_the_node_is_whole_within_two_beats(house: House):
+    async with worker(house):
+        await house.cell.link.send("FLUSHALL")
+
+        await house.wait_for_node("w1", timeout_s=2 * SETTINGS.beat_ms / 1000 + 0.5)
+        job_id = await house.submit("again")
+
+        assert (await house.end_of(job_id)).state == "done"
+
+
+async def test_a_worker_that_lost_its_node_drops_everything(house: House):
+    settings = SETTINGS.changed(redis_url=house.url, node_id="w1")
+    running = asyncio.create_task(run(settings, ParentLine()))
+    await house.wait_for_node("w1")
+    job_id = await house.submit("[[delay_ms=50 tokens=100]] a")
+    await wait_until(lambda: house.told[job_id].text)
+    node = await house.node("w1")
+
+    await house.cell.drop_lease(node.owner)
+    await house.cell.own(NodeId("w1"), "usurper")
+
+    with pytest.raises(ExceptionGroup) as caught:
+        await asyncio.wait_for(running, 5)
+    assert any(isinstance(leaf, Superseded) for leaf in leaves(caught.value))
+
+
+async def test_a_stalled_engine_loses_its_lease_and_its_jobs(house: House):
+    """Alive but deaf must lapse, or it eats jobs for ever."""
+    async with worker(house, "w2"), worker(house, "w1", stall_limit_ms=500):
+        house.dispatching = False
+        stuck = await house.submit("[[stall=1 delay_ms=5]] a b", deadline_ms=3_000)
+        neighbour = await house.submit("[[delay_ms=20 tokens=60]] n")
+        await house.assign_to("w1")
+        await wait_until(lambda: house.told[stuck].text)
+
+        async def is_lapsed() -> bool:
+            return not (await house.node("w1")).leased
+
+        await wait_until(is_lapsed, 8)
+        await house.cell.cancel(stuck, "test")  # or it would stall the other one too
+        house.dispatching = True
+
+        end = await house.end_of(neighbour)
+        assert (end.state, end.node) == ("done", "w2")
+        assert house.told[neighbour].text == b"n" + b" n" * 59 and house.told[neighbour].faults == []
