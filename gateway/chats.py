@@ -21,7 +21,7 @@ from gateway.bearer import parse_idempotency_key
 from gateway.errors import ApiError
 from gateway.jobs_wire import ended_error
 from gateway.openai_wire import finish_reason
-from gateway.state import GATEWAY, REQUEST_ID, Gateway
+from gateway.state import CHAT_LOGGED, GATEWAY, REQUEST_ID
 
 DEADLINE_LEAST_MS: Final = 100
 Parser = Callable[[bytes, str | None], ParsedRequest]
@@ -135,7 +135,7 @@ async def chat(
             yield handle, course
         finally:
             handle.close()
-            account(gateway, request[REQUEST_ID], handle, job.model, course)
+            account(request, handle, job.model, course)
 
 
 def call_options(request: web.Request, raw: bytes, sender: Sender, longest_ms: int) -> CallOptions:
@@ -163,8 +163,10 @@ def reason_of(ended: Ended | None) -> str:
     return finish_reason(ended.reason) if error is None else error.code
 
 
-def account(gateway: Gateway, request_id: str, handle: JobHandle, model: str, course: Course) -> None:
-    metrics, ended = gateway.metrics, course.ended
+def account(request: web.Request, handle: JobHandle, model: str, course: Course) -> None:
+    """Metrics, and the one log line of a chat."""
+    metrics, ended = request.app[GATEWAY].metrics, course.ended
+    request[CHAT_LOGGED] = True
     label = metrics.model_label(model)
     ttft_s = None if course.first_text is None else course.first_text - course.started
     if ttft_s is not None and not course.resumed:
@@ -175,7 +177,7 @@ def account(gateway: Gateway, request_id: str, handle: JobHandle, model: str, co
         metrics.latency.labels(label).observe(course.seconds)
         metrics.prompt_tokens.labels(label).inc(ended.prompt_tokens)
         metrics.new_tokens.labels(label).inc(ended.new_tokens)
-    fields: dict[str, object] = {"request": request_id, "job": handle.job_id, "model": model, "reason": reason}
+    fields: dict[str, object] = {"request": request[REQUEST_ID], "job": handle.job_id, "model": model, "reason": reason}
     fields["ms"] = round(course.seconds * 1000, 1)
     if ttft_s is not None:
         fields["ttft_ms"] = round(ttft_s * 1000, 1)

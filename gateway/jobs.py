@@ -17,7 +17,7 @@ from gateway.jobs_wire import job_object
 from gateway.openai_wire import Answer
 from gateway.responses import json_response
 from gateway.sse import parse_event_id
-from gateway.state import GATEWAY, REQUEST_ID
+from gateway.state import GATEWAY
 from gateway.streaming import stream_answer
 
 TRUE_WORDS: Final = ("1", "true", "yes")
@@ -62,7 +62,7 @@ async def job_events(request: web.Request) -> web.StreamResponse:
             return await stream_answer(request, handle, answer, course, include_usage=include_usage, offset=offset)
         finally:
             handle.close()
-            account(gateway, request[REQUEST_ID], handle, record.model, course)
+            account(request, handle, record.model, course)
 
 
 async def find_job(request: web.Request, key: KeyRecord) -> tuple[Cell, JobRecord]:

@@ -11,7 +11,7 @@ from aiohttp.typedefs import Handler
 from bus.link.errors import LinkBusy, LinkDown, LinkError, ServerError
 from gateway.bearer import request_id
 from gateway.errors import ApiError, render
-from gateway.state import GATEWAY, REQUEST_ID
+from gateway.state import CHAT_LOGGED, GATEWAY, REQUEST_ID
 
 QUIET_ROUTES = frozenset({"/health", "/ready", "/metrics"})  # asked every second by machines
 
@@ -39,7 +39,8 @@ def _account(request: web.Request, rid: str, status: int, seconds: float) -> Non
     resource = request.match_info.route.resource
     route = resource.canonical if resource is not None else "unknown"
     request.app[GATEWAY].metrics.requests.labels(request.method, route, f"{status // 100}xx").inc()
-    level = logging.DEBUG if route in QUIET_ROUTES and status < 500 else logging.INFO
+    told = CHAT_LOGGED in request or (route in QUIET_ROUTES and status < 500)
+    level = logging.DEBUG if told else logging.INFO
     fields = {
         "request": rid,
         "method": request.method,
@@ -60,6 +61,9 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         api_error = to_api_error(error, request)
         if api_error.code == "internal":
             log.exception("request failed", extra={"request": request[REQUEST_ID], "path": request.path})
+        elif api_error.code == "unavailable" and request.app[GATEWAY].life.outage_is_news():
+            cause = error.__cause__ or error
+            log.warning("the server cannot be used", extra={"request": request[REQUEST_ID], "why": str(cause)})
         status, headers, body = render(api_error, request.path)
         return web.Response(status=status, headers=headers, body=body)
 

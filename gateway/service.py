@@ -28,7 +28,7 @@ from gateway.probe import NodeProbe
 from gateway.state import Gateway
 
 KEEPALIVE_S: Final = 75.0  # longer than the 60 s of usual proxies, so that they close first
-CLOSE_WAIT_S: Final = 1.0  # for handlers that still run when the grace is over
+CLOSE_WAIT_S: Final = 0.25  # for handlers that still run when the grace is over; honcho kills after 5 s in all
 KEY_CLIENT_CONNECTIONS: Final = 8
 
 log = logging.getLogger(__name__)

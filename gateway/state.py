@@ -1,9 +1,11 @@
 """What the handlers of one gateway share. It is made in `gateway.service`, handed to the app, and lives there."""
 
 import asyncio
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Final
 
 from aiohttp import web
 
@@ -15,6 +17,8 @@ from gateway.fleet import FleetReader
 from gateway.metrics import Metrics
 from gateway.probe import NodeProbe
 
+OUTAGE_LOG_S: Final = 5.0
+
 
 @dataclass
 class Life:
@@ -23,6 +27,15 @@ class Life:
     draining: bool = False
     open_chats: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)
+    outage_logged_s: float = -OUTAGE_LOG_S
+
+    def outage_is_news(self) -> bool:
+        """Once in a while: in an outage every request fails for the same reason."""
+        now = time.monotonic()
+        if now - self.outage_logged_s < OUTAGE_LOG_S:
+            return False
+        self.outage_logged_s = now
+        return True
 
     @contextmanager
     def chat(self) -> Iterator[None]:
@@ -51,3 +64,4 @@ class Gateway:
 
 GATEWAY = web.AppKey("gateway", Gateway)
 REQUEST_ID = web.RequestKey("request_id", str)
+CHAT_LOGGED = web.RequestKey("chat_logged", bool)  # the one line of its chat says it all
