@@ -216,7 +216,7 @@ class World:
     async def end_grace(self) -> None:
         """Arm the grace of a new server, then let it pass."""
         await self.cell.sweep("sweeper")
-        await self.link.send("SET", self.cell.keys.grace, f"{self.link.run_id} 0 0")
+        await self.link.send("SET", self.cell.keys.grace, f"{self.link.run_id} 0 0", "PX", 60_000)
 
     async def sweep(self) -> Any:
         await self.link.send("DEL", self.cell.keys.sweep)
