@@ -65,6 +65,10 @@ local function other_owner(node, holder, epoch, keep_ms)
   if filled(h[1]) or h[2] == 'bye' then
     return h[1] or ''
   end
+  -- HTTP nodes come back by registration only: a relay recreates none.
+  if string.sub(holder, 1, 6) == 'relay:' then
+    return ''
+  end
   call('HSET', node, 'owner', holder, 'epoch', epoch)
   call('PEXPIRE', node, keep_ms)
   return nil
