@@ -89,13 +89,11 @@ class Passes:
         self._event.set()
 
     async def step(self) -> None:
-        """Wait until there may be something to do, at most BLOCK; then one pass."""
-        if not self._event.is_set():
-            try:
-                async with asyncio.timeout(self._cell.settings.block_ms / 1000):
-                    await self._event.wait()
-            except TimeoutError:
-                self._everything = True
+        """Wait until there may be something to do, then one pass.
+
+        The wait ends at each timeout of the wake stream's reader and at each renewal of the lease: both look again.
+        """
+        await self._event.wait()
         self._event.clear()
         await self.run_pass()
 

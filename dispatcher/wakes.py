@@ -4,6 +4,7 @@ Read from the last id, never `$`: what is added between two reads is not missed.
 lost with a server, before our start) is found by looking at everything: at boot, at each BLOCK timeout and reconnect.
 """
 
+import asyncio
 import logging
 
 from bus.cell import Cell
@@ -46,6 +47,9 @@ class Wakes:
             self._last_id = entries[-1][0]
             for entry in entries:
                 await self._tell(entry)
+        # Two turns of the loop, so that the pass' assign is on its way before the next read costs us a system call.
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
 
     async def _start_id(self) -> str:
         """Where to go on: at the newest entry, or where we were, unless the server lost its last second."""

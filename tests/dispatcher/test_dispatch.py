@@ -7,13 +7,18 @@ import time
 import pytest
 
 from bus.cell import Cell
+from bus.child import ParentLine
 from bus.ids import JobId, rendezvous
 from bus.keys import queue_name
+from bus.link import Link, ServerAddress
+from bus.settings import Settings
 from bus.wire import Assigned, Pick, Requeued, new_nonce
+from dispatcher.service import run
 from dispatcher.sharing import HOLDER_PREFIX
 from tests.conftest import wait_until
 from tests.dispatcher.conftest import Dispatching
 from tests.dispatcher.hands import MODEL, HandNode, submit
+from tests.harness.servers import ValkeyServer
 
 
 async def states(cell: Cell, *names: str) -> set[str]:
@@ -192,6 +197,30 @@ async def test_after_a_flush_it_serves_what_comes_anew(cell: Cell, dispatching: 
         await node.beat()
         await submit(cell, "j1")
         await wait_until(lambda: states_are(cell, "j1", "running"))
+
+
+async def test_a_killed_and_restarted_server_finds_it_at_work_again(
+    own_server: ValkeyServer, settings: Settings
+) -> None:
+    """Links come back by themselves, cursors are checked, and what the server kept is served."""
+    changed = settings.changed(redis_url=own_server.url)
+    parent = ParentLine()
+    async with await Link.connect(ServerAddress.parse(own_server.url), name="test") as link:
+        cell = Cell(link, 0, changed)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(run(changed, parent))
+            node = await HandNode.join(cell, "a")
+            await submit(cell, "j0")
+            await wait_until(node.running)
+            await asyncio.sleep(1.1)  # the log reaches the disk each second
+
+            own_server.kill()
+            own_server.start()
+            await wait_until(lambda: link.generation > 1)
+            await node.beat()
+            await submit(cell, "j1")
+            await wait_until(lambda: _all_running([node], 2), timeout_s=10)
+            parent.stop.set()
 
 
 async def states_are(cell: Cell, name: str, state: str) -> bool:
