@@ -9,7 +9,7 @@ from aiohttp import web
 from bus.link import LinkError
 from bus.wire import NodeView
 from gateway.auth import require
-from gateway.fleet import Fleet
+from gateway.fleet import READ_WAIT_S, Fleet
 from gateway.metrics import CONTENT_TYPE, Metrics
 from gateway.nodes_wire import is_active, served_models
 from gateway.readiness import Facts, judge
@@ -46,8 +46,10 @@ async def ready(request: web.Request) -> web.Response:
 async def gather_facts(gateway: Gateway) -> Facts:
     try:
         nodes, error = (await gateway.fleet.recent(VIEW_AGE_MAX_S)).nodes, ""
-    except (LinkError, TimeoutError) as failure:
-        nodes, error = [], str(failure) or type(failure).__name__
+    except LinkError as failure:
+        nodes, error = [], str(failure)
+    except TimeoutError:
+        nodes, error = [], f"no answer within {READ_WAIT_S:g} s"
     return Facts(
         draining=gateway.life.draining,
         fleet_error=error,
