@@ -1,5 +1,6 @@
 """What must be true of a cell after every single step, read from the server alone."""
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterable
 
@@ -28,7 +29,8 @@ def pairs(flat: list[bytes]) -> dict[str, bytes]:
 async def check_invariants(world: World, jobs: Iterable[JobId], texts: dict[JobId, bytes]) -> None:
     """jobs: all ever submitted. texts: the whole answer that every attempt at a job produces."""
     keys, send = world.cell.keys, world.link.send
-    records = {job: record for job in jobs if (record := await world.cell.job(job)) is not None}
+    found = await asyncio.gather(*(world.cell.job(job) for job in jobs))
+    records = {record.job_id: record for record in found if record is not None}
     live = {job for job, record in records.items() if record.state not in TERMINAL_STATES}
 
     # Exactly one terminal for an ended job, none for a living one, on whatever out-streams it has been.
@@ -82,12 +84,13 @@ async def check_invariants(world: World, jobs: Iterable[JobId], texts: dict[JobI
         assert listed <= {job for job in live if records[job].route.gateway == gateway}
 
     # The stored text is always a beginning of the one answer, and a finished job has all of it.
-    for job, record in records.items():
-        text = await world.cell.text(job, record.fence)
+    stored = await asyncio.gather(*(world.cell.text(job, record.fence) for job, record in records.items()))
+    for (job, record), text in zip(records.items(), stored, strict=True):
         assert texts[job].startswith(text)
         if record.state == "done":
             assert text == texts[job]
 
-    for raw in await send("KEYS", "*"):
+    names = await send("KEYS", "*")
+    for raw, ttl in zip(names, await asyncio.gather(*(send("PTTL", raw) for raw in names)), strict=True):
         name = raw.decode().removeprefix(keys.prefix)
-        assert may_lack_ttl(name) or await send("PTTL", raw) > 0, f"{name} has no TTL"
+        assert may_lack_ttl(name) or ttl > 0, f"{name} has no TTL"

@@ -61,7 +61,12 @@ async def test_renew_extends_lease_and_reservations_and_names_those_that_must_st
     assert renewed.others == (f"{unlisted.job_id}/{unlisted.fence}",)
     view = await world.cell.node(N1)
     assert view is not None and view.leased
-    scores = dict(zip(*[iter(await world.link.send("ZRANGE", world.cell.keys.node_running(N1), 0, -1, "WITHSCORES"))] * 2, strict=True))
+    scores = dict(
+        zip(
+            *[iter(await world.link.send("ZRANGE", world.cell.keys.node_running(N1), 0, -1, "WITHSCORES"))] * 2,
+            strict=True,
+        )
+    )
     assert {member.decode(): float(score) > 1000 for member, score in scores.items()} == {
         f"{mine.job_id}/{mine.fence}": True,
         f"{unlisted.job_id}/{unlisted.fence}": False,
@@ -101,7 +106,9 @@ async def test_the_ttl_counts_from_the_entry_not_from_its_application(world: Wor
     holder = await world.node()
     epoch = int(holder.rpartition(".")[2])
     now = (await world.cell.look()).now_ms
-    await world.cell.apply_events([(f"{now - 20_000}-0", NodeBeat(N1, epoch + 1, holder, "echo", (MODEL,), capacity=1))])
+    await world.cell.apply_events(
+        [(f"{now - 20_000}-0", NodeBeat(N1, epoch + 1, holder, "echo", (MODEL,), capacity=1))]
+    )
 
     left = await world.link.send("PTTL", world.cell.keys.node_alive(N1))
 

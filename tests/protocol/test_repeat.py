@@ -108,7 +108,13 @@ async def observe(world: World) -> list[Any]:
     for stream in (keys.out("gateway:g1"), keys.out("gateway:g2"), keys.dead, keys.node_jobs(NodeId("n1"))):
         entries = await world.link.send("XRANGE", stream, "-", "+")
         seen.append([[without_chance(part) for part in fields] for _, fields in entries])
-    for zset in (keys.deadlines, keys.late, keys.quota("k"), keys.node_running(NodeId("n1")), keys.node_running(NodeId("n2"))):
+    for zset in (
+        keys.deadlines,
+        keys.late,
+        keys.quota("k"),
+        keys.node_running(NodeId("n1")),
+        keys.node_running(NodeId("n2")),
+    ):
         seen.append(await world.link.send("ZCARD", zset))
     seen.append(await world.link.send("HGETALL", keys.usage("me")))
     view = await world.cell.node(NodeId("n1"))

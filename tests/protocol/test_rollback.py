@@ -34,7 +34,9 @@ async def test_a_lost_submit_is_driven_again_with_what_was_shown(world: World):
 
     zombie = await world.flush(one, 5, b" more", 1, [2])
     answer = await world.cell.submit(
-        world.submission("mine", stream=True, redrive=True, attempt_floor=1, shown_text=b"shown", deadline_at_ms=9 * 10**12)
+        world.submission(
+            "mine", stream=True, redrive=True, attempt_floor=1, shown_text=b"shown", deadline_at_ms=9 * 10**12
+        )
     )
     await world.dispatch()
     (two,) = await world.read("n1")

@@ -6,12 +6,20 @@ each step `check_invariants` reads the server. Every attempt at a job produces t
 
 import asyncio
 import random
+from collections import Counter
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from bus.entries import Assignment
 from bus.events import NodeBye
@@ -42,7 +50,10 @@ from tests.protocol.world import World, chat, make_world
 NODES = ("a", "b")
 CAPACITY = {"a": 2, "b": 1}
 WHYS = ("crash", "node_error", "drain", "unread", "relay_lost")
-SETTINGS = Settings(queue_max=6)
+# Long times: they pass only when the machine says so, however slow it runs.
+SETTINGS = Settings(
+    queue_max=6, lease_ms=600_000, unread_ms=600_000, alone_ms=600_000, out_ttl_ms=900_000, node_ttl_ms=600_000
+)
 
 nodes = st.sampled_from(NODES)
 gateways = st.sampled_from(("g1", "g2"))
@@ -102,26 +113,24 @@ class CellMachine(RuleBasedStateMachine):
         self.run(self.world.cell.submit(submission))
 
     @precondition(lambda self: self.submissions)
-    @rule(which=any_one)
-    def submit_again(self, which: int) -> None:
-        self.run(self.world.cell.submit(self.submissions[which % len(self.submissions)]))
-
-    @precondition(lambda self: self.jobs)
-    @rule(which=any_one, gateway=st.sampled_from((None, "g1", "g2")))
-    def cancel(self, which: int, gateway: str | None) -> None:
-        only = GatewayId(gateway) if gateway else None
-        self.run(self.world.cell.cancel(self.jobs[which % len(self.jobs)], "client", only))
-
-    @precondition(lambda self: self.jobs)
-    @rule(which=any_one, gateway=gateways)
-    def attach(self, which: int, gateway: str) -> None:
-        self.run(self.world.cell.attach(self.jobs[which % len(self.jobs)], GatewayId(gateway), f"gateway:{gateway}"))
+    @rule(which=any_one, what=st.sampled_from(("submit again", "cancel", "client gone", "attach")), gateway=gateways)
+    def caller_acts(self, which: int, what: str, gateway: str) -> None:
+        job_id, cell, name = self.jobs[which % len(self.jobs)], self.world.cell, GatewayId(gateway)
+        if what == "submit again":
+            self.run(cell.submit(self.submissions[which % len(self.submissions)]))
+        elif what == "attach":
+            self.run(cell.attach(job_id, name, f"gateway:{name}"))
+        else:
+            self.run(cell.cancel(job_id, "client", name if what == "client gone" else None))
 
     # --- dispatchers ---
 
-    @rule(order=st.permutations(NODES), twice=st.booleans())
-    def dispatch(self, order: list[str], twice: bool) -> None:
+    @rule(order=st.permutations(NODES), twice=st.booleans(), read=st.booleans())
+    def dispatch(self, order: list[str], twice: bool, read: bool) -> None:
         self.run(self._dispatch(order, twice))
+        if read:
+            for name in order:
+                self.read(name)
 
     async def _dispatch(self, order: list[str], twice: bool) -> None:
         cell = self.world.cell
@@ -133,25 +142,24 @@ class CellMachine(RuleBasedStateMachine):
             if twice:  # another dispatcher that looked at the same time
                 await cell.assign(queue.queue, picks)
 
-    @rule()
-    def sweep(self) -> None:
-        self.run(self.world.sweep())
-
     # --- workers ---
 
-    @rule(name=nodes)
     def read(self, name: str) -> None:
         self.attempts += self.run(self.world.read(name))
 
     def attempt(self, which: int) -> tuple[Assignment, NodeId, Any]:
-        one = self.attempts[which % len(self.attempts)]
+        """Mostly one of the latest, so that jobs get on; sometimes any zombie."""
+        recent = self.attempts if which % 4 == 3 else self.attempts[-3:]
+        one = recent[-1 - which // 4 % len(recent)]
         node = NodeId(one.owner.partition(".")[0])
         return one, node, self.routes.get(f"{one.job_id}/{one.fence}", one.route)
 
     @precondition(lambda self: self.attempts)
-    @rule(which=any_one, start=st.integers(0, 12), size=st.integers(0, 6))
-    def flush(self, which: int, start: int, size: int) -> None:
+    @rule(which=any_one, start=st.integers(0, 12), size=st.integers(0, 6), fits=st.booleans())
+    def flush(self, which: int, start: int, size: int, fits: bool) -> None:
         one, node, route = self.attempt(which)
+        if fits:
+            start = len(self.run(self.world.cell.text(one.job_id, one.fence)))
         text = answer_of(one.job_id)[start : start + size]
         tokens = pack_tokens(list(text))
         piece = FlushPiece(one.job_id, one.fence, route, start, text, start, tokens)
@@ -203,24 +211,16 @@ class CellMachine(RuleBasedStateMachine):
 
     # --- deaths and time ---
 
-    @rule(name=nodes)
-    def worker_process_dies(self, name: str) -> None:
-        """Its parent says so, and a new one takes the node."""
-        node = NodeId(name)
-        self.run(self.world.cell.down(node, self.world.holders[node]))
-        self.come_back(name)
-
-    @rule(name=nodes)
-    def worker_machine_is_lost(self, name: str) -> None:
-        """Nobody says so; another worker takes the node, the reservations expire by and by."""
-        self.run(self.world.age_lease(self.world.holders[NodeId(name)]))
-        self.come_back(name)
-
-    @rule(name=nodes)
-    def worker_leaves(self, name: str) -> None:
+    @rule(name=nodes, how=st.sampled_from(("process", "machine", "leaves")))
+    def worker_dies(self, name: str, how: str) -> None:
+        """process: its parent says so. machine: nobody does; reservations expire by and by. Another takes the node."""
         node, holder = NodeId(name), self.world.holders[NodeId(name)]
-        self.run(self.world.cell.down(node, holder))
-        self.run(self.world.publish(NodeBye(node, int(holder.rpartition(".")[2]))))
+        if how == "machine":
+            self.run(self.world.age_lease(holder))
+        else:
+            self.run(self.world.cell.down(node, holder))
+        if how == "leaves":
+            self.run(self.world.publish(NodeBye(node, int(holder.rpartition(".")[2]))))
         self.come_back(name)
 
     def come_back(self, name: str) -> None:
@@ -230,33 +230,33 @@ class CellMachine(RuleBasedStateMachine):
             self.world.holders[NodeId(name)] = owned.holder
             self.beat(name)
 
-    @rule(name=nodes)
     def beat(self, name: str) -> None:
         self.run(self.world.beat(name, capacity=CAPACITY[name], resume="d" if name == "a" else ""))
 
-    @rule(name=nodes)
-    def reservations_expire(self, name: str) -> None:
-        self.run(self.world.age_reservations(name))
-
-    @rule()
-    def hold_backs_and_breakers_are_over(self) -> None:
-        self.run(self.world.age_late())
-        for name in NODES:
-            self.run(self.link.send("HSET", self.world.cell.keys.node(NodeId(name)), "breaker_until", 1))
-
-    @precondition(lambda self: self.jobs)
-    @rule(which=any_one)
-    def deadline_passes(self, which: int) -> None:
-        job_id = self.jobs[which % len(self.jobs)]
-        record = self.run(self.world.cell.job(job_id))
-        if record is not None and not record.ended:
-            self.run(self.world.age_deadline(job_id))
-
-    @rule(gateway=gateways)
-    def gateway_dies_and_returns(self, gateway: str) -> None:
-        self.run(self.world.cell.drop_lease(gateway))
-        self.run(self.world.sweep())
-        self.run(self.world.cell.lease(gateway))
+    @rule(
+        name=nodes, what=st.sampled_from(("reservations", "hold-backs", "beat", "deadline", "gateway")), which=any_one
+    )
+    def time_passes(self, name: str, what: str, which: int) -> None:
+        world = self.world
+        if what == "reservations":
+            self.run(world.age_reservations(name))
+        elif what == "hold-backs":
+            self.run(world.age_late())
+            for each in NODES:
+                self.run(self.link.send("HSET", world.cell.keys.node(NodeId(each)), "breaker_until", 1))
+        elif what == "deadline" and self.jobs and which % 2:
+            job_id = self.jobs[which % len(self.jobs)]
+            record = self.run(world.cell.job(job_id))
+            if record is not None and not record.ended:
+                self.run(world.age_deadline(job_id))
+        elif what == "gateway" and which % 4 == 3:
+            gateway = ("g1", "g2")[which // 4 % 2]
+            self.run(world.cell.drop_lease(gateway))
+            self.run(world.sweep())
+            self.run(world.cell.lease(gateway))
+        elif what == "beat":
+            self.beat(name)
+        self.run(world.sweep())
 
     @initialize()
     def start_with_work(self) -> None:
@@ -279,7 +279,7 @@ COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_b
 @pytest.mark.parametrize("cell", [0, 2], ids=["P=1", "P=3"])
 def test_random_interleavings_keep_the_invariants(server: ValkeyServer, cell: int):
     quick = settings(
-        max_examples=15, stateful_step_count=40, derandomize=True, phases=(Phase.generate, Phase.shrink), **COMMON
+        max_examples=8, stateful_step_count=50, derandomize=True, phases=(Phase.generate, Phase.shrink), **COMMON
     )
     run_state_machine_as_test(machine_on(server, cell), settings=quick)
 
@@ -290,3 +290,72 @@ def test_long_random_interleavings_keep_the_invariants(server: ValkeyServer, cel
     run_state_machine_as_test(
         machine_on(server, cell), settings=settings(max_examples=250, stateful_step_count=120, **COMMON)
     )
+
+
+def walk(machine: CellMachine, seed: int, steps: int) -> None:
+    """Like the machine's own choices, but weighted so that most jobs get far: crashes, resumes, ends."""
+    chance = random.Random(seed)
+    weights = {
+        "submit": 4,
+        "dispatch": 7,
+        "flush": 7,
+        "finish": 4,
+        "requeue": 2,
+        "caller": 1,
+        "renew": 2,
+        "die": 1,
+        "time": 3,
+    }
+    machine.start_with_work()
+    for step in range(steps):
+        big, name = chance.randrange(10**6), chance.choice(NODES)
+        what = chance.choices(list(weights), list(weights.values()))[0]
+        if what == "submit":
+            machine.submit(chance.random() < 0.5, chance.choice(("cancel", "keep")), chance.choice(("g1", "g2")), False)
+        elif what == "dispatch":
+            machine.dispatch(chance.sample(NODES, 2), chance.random() < 0.3, chance.random() < 0.9)
+        elif what == "flush" and machine.attempts:
+            machine.flush(big, chance.randrange(13), chance.randrange(7), chance.random() < 0.7)
+        elif what == "finish" and machine.attempts:
+            machine.finish(big, chance.random() < 0.8)
+        elif what == "requeue" and machine.attempts:
+            machine.requeue(big, chance.choice(("crash", "crash", *WHYS)))
+        elif what == "caller":
+            machine.caller_acts(
+                big,
+                chance.choice(("submit again", "cancel", "client gone", "attach", "attach")),
+                chance.choice(("g1", "g2")),
+            )
+        elif what == "renew":
+            machine.renew(name, chance.random() < 0.8)
+        elif what == "die":
+            machine.worker_dies(name, chance.choice(("process", "machine", "leaves")))
+        elif what == "time":
+            machine.time_passes(
+                name, chance.choice(("reservations", "hold-backs", "hold-backs", "beat", "deadline", "gateway")), big
+            )
+        try:
+            machine.everything_holds()
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}, step {step}, after {what}: {error}") from error
+
+
+def walk_on(server: ValkeyServer, cell: int, seed: int, steps: int) -> None:
+    machine = machine_on(server, cell)()
+    try:
+        walk(machine, seed, steps)
+        states = Counter(machine.run(machine.world.state(job)) for job in machine.jobs)
+        assert states["done"] > 0, f"seed {seed} reaches too little: {states}"
+    finally:
+        machine.teardown()
+
+
+@pytest.mark.parametrize(("cell", "seed"), [(0, 1), (2, 2)], ids=["P=1", "P=3"])
+def test_a_long_walk_in_which_jobs_get_far_keeps_the_invariants(server: ValkeyServer, cell: int, seed: int):
+    walk_on(server, cell, seed, 150)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 140))
+def test_many_long_walks_keep_the_invariants(server: ValkeyServer, seed: int):
+    walk_on(server, seed % 2 * 2, seed, 500)

@@ -62,13 +62,13 @@ class World:
         await self.beat(name, capacity=capacity, resume=resume, models=models, **more)
         return owned.holder
 
-    async def beat(self, name: str, *, capacity: int = 2, resume: str = "d", models: Sequence[str] = (MODEL,), **more: Any) -> str:
+    async def beat(
+        self, name: str, *, capacity: int = 2, resume: str = "d", models: Sequence[str] = (MODEL,), **more: Any
+    ) -> str:
         node = NodeId(name)
         holder = self.holders[node]
         epoch = int(holder.rpartition(".")[2])
-        beat = NodeBeat(
-            node, epoch, holder, "echo", models=tuple(models), capacity=capacity, resume=resume, **more
-        )
+        beat = NodeBeat(node, epoch, holder, "echo", models=tuple(models), capacity=capacity, resume=resume, **more)
         return await self.publish(beat)
 
     async def http_node(self, name: str = "h1", *, relay: str = "relay.1", key_id: str = "k1") -> Holder:
@@ -238,8 +238,6 @@ async def make_world(link: Link, cell: int = 0, settings: Settings = SETTINGS) -
 
 def node_of(one: Assignment, world: World) -> NodeId:
     return next(node for node, holder in world.holders.items() if holder == one.owner)
-
-
 
 
 def _pairs(flat: Sequence[bytes]) -> dict[str, bytes]:
