@@ -3,10 +3,13 @@
 -- It stays listed while it has reservations, so that the sweep finds them. KEYS 6 running, 7.. the zsets of its models. ARGV 6 epoch, 7 key id.
 local h = call('HMGET', node_key, 'epoch', 'state', 'key_id')
 local epoch = tonumber(ARGV[6])
-if not h[2] then
-  return 'unknown'
-elseif h[2] == 'bye' then
-  return 'departed'
+if not h[2] or h[2] == 'bye' then
+  -- A beat of this epoch may still come, delivered late: the tombstone stands before it.
+  if epoch > (tonumber(h[1]) or 0) then
+    call('HSET', node_key, 'state', 'bye', 'epoch', epoch, 'owner', '', 'beat_id', beat_id)
+    call('PEXPIRE', node_key, node_keep)
+  end
+  return h[2] and 'departed' or 'unknown'
 elseif epoch < (tonumber(h[1]) or 0) then
   return 'superseded'
 elseif (h[3] or '') ~= ARGV[7] then
