@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 import time
 
 import pytest
@@ -197,6 +198,41 @@ async def test_after_a_flush_it_serves_what_comes_anew(cell: Cell, dispatching: 
         await node.beat()
         await submit(cell, "j1")
         await wait_until(lambda: states_are(cell, "j1", "running"))
+
+
+async def test_cut_connections_lose_no_job_and_give_none_twice(cell: Cell, dispatching: Dispatching) -> None:
+    """Each cut leaves commands whose outcome nobody knows; the next look does."""
+    rng = random.Random(11)
+    nodes = [await HandNode.join(cell, name, capacity=8) for name in ("a", "b")]
+    jobs = [f"j{index}" for index in range(120)]
+    done: list[str] = []
+    async with dispatching(renew_ms=100), asyncio.timeout(20):
+        for name in jobs:
+            await submit(cell, name)
+            if rng.random() < 0.15:
+                await _cut(cell, "dispatcher.")
+            for node in nodes:
+                work = await node.take()
+                done += [one.job_id for one in work]
+                await node.finish(work)
+        while len(done) < len(jobs):
+            for node in nodes:
+                work = await node.take()
+                done += [one.job_id for one in work]
+                await node.finish(work)
+            await asyncio.sleep(0.01)
+
+    assert sorted(done) == sorted(f"c0-{name}" for name in jobs)
+    assert await states(cell, *jobs) == {"done"}
+    assert await cell.link.send("XLEN", cell.keys.dead) == 0
+
+
+async def _cut(cell: Cell, name: str) -> None:
+    """Close the server's end of every connection with this name."""
+    for line in (await cell.link.send("CLIENT", "LIST")).decode().splitlines():
+        fields = dict(pair.partition("=")[::2] for pair in line.split())
+        if fields["name"].startswith(name):
+            await cell.link.send("CLIENT", "KILL", "ID", fields["id"])
 
 
 async def test_a_killed_and_restarted_server_finds_it_at_work_again(
