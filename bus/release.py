@@ -7,6 +7,7 @@ from itertools import groupby
 
 from bus.cell import Cell
 from bus.ids import Holder, NodeId
+from bus.keys import CellKeys
 from bus.link import Link, LinkError, ServerAddress
 from bus.settings import Settings
 
@@ -33,9 +34,8 @@ def cell_of(fact: str) -> int:
 async def _release_in_cell(settings: Settings, cell_number: int, facts: list[str]) -> None:
     while True:
         try:
-            link = await Link.connect(
-                ServerAddress.parse(settings.redis_url), name="parent", cell_key=f"millrace:{{c{cell_number}}}:leases"
-            )
+            key = CellKeys(cell_number).leases
+            link = await Link.connect(ServerAddress.parse(settings.redis_url), name="parent", cell_key=key)
             try:
                 cell = Cell(link, cell_number, settings)
                 for fact in facts:

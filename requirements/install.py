@@ -56,7 +56,7 @@ def install(kind: str) -> None:
         raise InstallError(f"Python {sys.version.split()[0]} is too old: install Python 3.11 or newer, or set PYTHON=")
     make_venv()
     lock = LOCKS / f"{kind}.lock"
-    count = lock.read_text(encoding="utf-8").count("==")
+    count = sum("==" in line and not line.startswith(" ") for line in lock.read_text(encoding="utf-8").splitlines())
     run_pip(f"{count} packages from requirements/{lock.name}", ["--require-hashes", "-r", str(lock)])
     if kind != "service":
         index = os.environ.get("TORCH_INDEX", "")

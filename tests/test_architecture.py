@@ -4,6 +4,9 @@ vocabulary <- codec <- transport; pure rules <- services; only `__main__` wires 
 """
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -164,6 +167,26 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
         settled |= free
 
     assert set(graph) - settled == set()
+
+
+def test_every_foreign_import_is_a_declared_dependency() -> None:
+    """What only another package brings along may be gone with its next release."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {
+        *project["dependencies"],
+        *(one for extra in project["optional-dependencies"].values() for one in extra),
+    }
+    names = {re.split(r"[\[<>=!; ]", requirement)[0].lower().replace("-", "_") for requirement in declared}
+    locked = set()
+    for kind in ("service", "worker"):
+        text = (ROOT / "requirements" / f"{kind}.in").read_text(encoding="utf-8").splitlines()
+        locked |= {re.split(r"[<>=]", line)[0].replace("-", "_") for line in text if line and not line.startswith("#")}
+    foreign = (
+        {one.partition(".")[0] for name in MODULES for one in imports_of(name)} - sys.stdlib_module_names - set(PRODUCT)
+    )
+
+    assert foreign - names == set()
+    assert foreign - locked - {"torch"} == set()
 
 
 @pytest.mark.parametrize("name", PURE)
