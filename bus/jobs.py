@@ -60,7 +60,9 @@ def decode_job(raw: bytes) -> ChatJob:
 
 def estimate_prompt_tokens(job: ChatJob) -> int:
     """About four bytes a token for English; only for load scores and admission, never for limits."""
-    size = len(job.prompt.encode()) if job.prompt is not None else sum(len(m.content.encode()) + 12 for m in job.messages)
+    size = (
+        len(job.prompt.encode()) if job.prompt is not None else sum(len(m.content.encode()) + 12 for m in job.messages)
+    )
     return size // 4 + 1
 
 
