@@ -72,9 +72,7 @@ async def register(request: web.Request) -> web.Response:
     async with lock(gateway, wanted.node_id) as token:
         earlier = await find_node(gateway, wanted.node_id)
         check_owner(earlier, key.id)
-        if gateway.settings.node_health_check:
-            await gateway.probe.check_health(wanted.api_url)
-        models = await choose_models(gateway, wanted)
+        models = await look_at(gateway, wanted)
         epoch = max([token, *(known.node.epoch + 1 for known in earlier)])
         layers = await _apply(gateway, wanted, models, key.id, epoch)
         await _leave_other_cells(gateway, earlier, models, key.id)
@@ -134,20 +132,28 @@ def newest(known: list[Known]) -> Known | None:
 
 async def find_node(gateway: Gateway, node_id: NodeId) -> list[Known]:
     """In all cells: a node's cell follows from its model, which an id does not tell."""
-    found = []
-    for cell in gateway.caller.cells:
-        node = await cell.node(node_id)
-        if node is not None:
-            found.append(Known(cell, node))
-    return found
+    cells = gateway.caller.cells
+    nodes = await asyncio.gather(*(cell.node(node_id) for cell in cells))
+    return [Known(cell, node) for cell, node in zip(cells, nodes, strict=True) if node is not None]
 
 
-async def choose_models(gateway: Gateway, wanted: Registration) -> tuple[ModelName, ...]:
-    """As registered, else what the node lists, else the fleet's default. All live in one cell, as the node does."""
-    if wanted.model is not None:
-        return (wanted.model,)
-    asked = await gateway.probe.ask_models(wanted.api_url) if gateway.settings.node_health_check else ()
-    return same_cell(asked, len(gateway.caller.cells)) or (ModelName(gateway.settings.model),)
+async def look_at(gateway: Gateway, wanted: Registration) -> tuple[ModelName, ...]:
+    """Is the node well, and what does it serve: as registered, else what it lists, else the fleet's default.
+
+    All its models live in one cell, as the node does. Both questions share one time limit: the lock is held meanwhile.
+    """
+    settings = gateway.settings
+    named = (wanted.model,) if wanted.model is not None else ()
+    asked: tuple[ModelName, ...] = ()
+    if settings.node_health_check:
+        try:
+            async with asyncio.timeout(settings.node_health_timeout_ms / 1000):
+                await gateway.probe.check_health(wanted.api_url)
+                asked = named or await gateway.probe.ask_models(wanted.api_url)
+        except TimeoutError:
+            message = f"{wanted.api_url} did not answer within {settings.node_health_timeout_ms} ms"
+            raise ApiError("node_unhealthy", message, param="api_url") from None
+    return named or same_cell(asked, len(gateway.caller.cells)) or (ModelName(settings.model),)
 
 
 def same_cell(models: tuple[ModelName, ...], cells: int) -> tuple[ModelName, ...]:
