@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -130,25 +131,40 @@ def die_with_parent() -> None:
 async def _supervise(child_main: ChildMain, settings: Settings, line: socket.socket) -> None:
     parent = ParentLine(line)
     loop = asyncio.get_running_loop()
+    orphaned = threading.Event()
 
     def on_signal(number: int) -> None:
+        if orphaned.is_set():
+            return  # the kernel's word of the parent's death: already stopping, and the watcher sets the limit
         if parent.stop.is_set():
+            log.warning("stopping at once", extra={"signal": signal.Signals(number).name})
             os._exit(128 + number)
         log.info("stopping", extra={"signal": signal.Signals(number).name})
         parent.stop.set()
 
+    def on_orphaned() -> None:
+        log.warning("the parent is gone, stopping")
+        parent.stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
-    threading.Thread(target=_watch_parent, args=(line, loop, parent.stop), name="parent watch", daemon=True).start()
+    watched = (line, loop, orphaned, on_orphaned)
+    threading.Thread(target=_watch_parent, args=watched, name="parent watch", daemon=True).start()
     await child_main(settings, parent)
 
 
-def _watch_parent(line: socket.socket, loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+def _watch_parent(
+    line: socket.socket,
+    loop: asyncio.AbstractEventLoop,
+    orphaned: threading.Event,
+    on_orphaned: Callable[[], None],
+) -> None:
     """Wait for the end of file; then stop in good order, and if that takes too long (a stuck loop), at once."""
     with contextlib.suppress(OSError):
         while line.recv(64):
             pass
+    orphaned.set()
     with contextlib.suppress(RuntimeError):  # the loop is closed already: we are ending anyway
-        loop.call_soon_threadsafe(stop.set)
-    threading.Event().wait(ORPHAN_GRACE_S)
+        loop.call_soon_threadsafe(on_orphaned)
+    time.sleep(ORPHAN_GRACE_S)
     os._exit(EXIT_CRASH)

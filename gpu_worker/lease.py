@@ -131,6 +131,10 @@ class LeaseThread:
     def remove(self, node: NodeId) -> None:
         self._tenures.pop(node, None)
 
+    def nudge(self) -> None:
+        """Renew now: jobs were read, and the server should soon know that they have begun."""
+        self._wake()
+
     def hold(self, cell: int, holder: Holder) -> None:
         """Keep a holder's own lease in a cell, also while it owns no node there (relays)."""
         self._bare[cell] = holder

@@ -42,6 +42,7 @@ from gpu_worker.reader import NodeReader
 from gpu_worker.translate import decode_payload, to_finish_piece, to_flush_piece, to_held
 
 TICK_S = 0.25  # deadlines, kept finishes, the sign of life that the lease thread looks for
+STARTED_S = 0.25  # how soon the server learns that a job was begun, so that its worker's death counts as a crash
 SPARE_ROOM = 2  # read ahead of the engine, so that a freed slot is filled without a round trip
 HAND_BACK_TRIES = 5
 LAST_FLUSH_S = 1.0  # of a drain: for what is unsent, and for finishes to be answered
@@ -171,6 +172,8 @@ class NodeService:
                 slow.append(assignment)
         if slow:
             await asyncio.gather(*(self._fetch_and_begin(assignment, now_s) for assignment in slow))
+        if now_s - self._tenure.clock.renewed_s > STARTED_S:
+            self._lease.nudge()
 
     async def _fetch_and_begin(self, assignment: Assignment, now_s: float) -> None:
         """Get what did not fit in the entry: a long payload, the progress of earlier attempts."""

@@ -11,6 +11,13 @@ local function is_held()
   return score and tonumber(score) > now
 end
 
+-- Whether the worker had the entry. A poison job may kill it before a renewal or a flush has said `started`; counted as
+-- unread, it would kill one worker after another for ever.
+local function was_read()
+  local pending = redis.pcall('XPENDING', jobs_key, 'workers', node_entry, node_entry, 1)
+  return not pending.err and #pending > 0
+end
+
 local answer = elsewhere()
 if answer then
   answer[3] = 'earlier'
@@ -21,7 +28,7 @@ end
 
 local avoid_node = why == 'node_error'
 if why == 'expired' or why == 'down' then
-  if job.started == '' then
+  if job.started == '' and not (why == 'down' and was_read()) then
     -- A worker that lives but does not read must not get the same job again and again.
     avoid_node = why == 'expired'
     why = 'unread'

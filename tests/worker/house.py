@@ -22,7 +22,8 @@ from tests.conftest import wait_until
 # Times short enough for a test, long enough for a busy machine.
 SETTINGS = Settings().changed(
     engine="echo", lease_ms=1_500, renew_ms=300, self_fence_ms=1_200, unread_ms=1_500, node_ttl_ms=3_000, beat_ms=500,
-    block_ms=300, sweep_ms=100, backoff_ms=50, alone_ms=3_000, drain_grace_ms=500, capacity=4,
+    block_ms=300,
+    breaker_ms=100, sweep_ms=100, backoff_ms=50, alone_ms=3_000, drain_grace_ms=500, capacity=4,
 )  # fmt: skip
 REPLY = "test"
 

@@ -18,9 +18,9 @@ from tests.worker.house import SETTINGS, House, open_house
 
 
 @asynccontextmanager
-async def worker(house: House, node: str = "w1", **changes: object) -> AsyncIterator[ParentLine]:
-    """A worker in this process; drained when the block is left."""
-    settings: Settings = SETTINGS.changed(redis_url=house.url, node_id=node, **changes)
+async def worker(house: House, node: str = "w1", url: str = "", **changes: object) -> AsyncIterator[ParentLine]:
+    """A worker in this process; drained when the block is left. url: another way to the house's server."""
+    settings: Settings = SETTINGS.changed(redis_url=url or house.url, node_id=node, **changes)
     parent = ParentLine()
     running = asyncio.create_task(run(settings, parent))
     try:
@@ -206,6 +206,7 @@ async def test_a_worker_that_lost_its_node_drops_everything(house: House):
     assert any(isinstance(leaf, Superseded) for leaf in leaves(caught.value))
 
 
+@pytest.mark.slow
 async def test_a_stalled_engine_loses_its_lease_and_its_jobs(house: House):
     """Alive but deaf must lapse, or it eats jobs for ever."""
     async with worker(house, "w2"), worker(house, "w1", stall_limit_ms=500):
