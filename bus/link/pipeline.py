@@ -61,6 +61,7 @@ class Pipeline:
         """server: for error texts."""
         self.trouble = asyncio.Event()  # the connection is lost, or refused commands wait for a decision
         self.refused: list[Refused] = []
+        self.held = False  # while the link decides about them, nothing is written
         self.written = 0  # writes to the socket so far
         self.commands = 0  # commands in them
         self.progress_at = 0.0  # loop time of the last reply, or of the write that made the first one due
@@ -178,7 +179,7 @@ class Pipeline:
         queue = self._queue
         if not queue:
             return
-        if wire is None or not wire.writable or self.refused:
+        if wire is None or not wire.writable or self.refused or self.held:
             self._watch_expiry()
             return
         sent = self._sent
@@ -216,7 +217,7 @@ class Pipeline:
             late.append(self._queue.popleft())
         if late:
             self._fail(late, LinkDown(f"no connection to {self._server} within {self._wait_s:g} s", maybe_sent=False))
-        if self._wire is None or not self._wire.writable or self.refused:
+        if self._wire is None or not self._wire.writable or self.refused or self.held:
             self._watch_expiry()
 
     def _fail(self, commands: Iterable[Command], error: LinkError) -> None:

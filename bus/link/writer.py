@@ -192,8 +192,10 @@ class Link:
                 self._up.clear()
                 await wire.release()
                 wire = await self._reconnect()
+        except Exception:
+            log.exception("a link ended by a bug", extra={"link": self.name})
         finally:
-            # Only `close` or a bug gets here: nobody may wait for ever on a link without its owner.
+            # Nobody may wait for ever on a link without its owner.
             self._closed = True
             self._up.clear()
             self._pipeline.fail_all(LinkClosed("the link was closed"))
@@ -235,8 +237,14 @@ class Link:
                 extra = {"link": self.name, "server": str(self.address), "reason": self._pipeline.lost_why}
                 log.warning("link lost", extra=extra)
                 return
-            if await self._decide_refused():
+            self._pipeline.held = True
+            try:
+                elsewhere = await self._decide_refused()
+            finally:
+                self._pipeline.held = False
+            if elsewhere:
                 return
+            self._pipeline.flush()  # if the connection was lost meanwhile, `trouble` tells
 
     def _look_after(self) -> None:
         silent_s = self._loop.time() - self._pipeline.progress_at
@@ -246,7 +254,7 @@ class Link:
             self.send("PING").add_done_callback(_forget)
 
     async def _decide_refused(self) -> bool:
-        """Send the refused commands where they belong, all replies being in. True: on another connection."""
+        """Put the refused commands where they belong, all replies being in. True: on another connection."""
         pipeline = self._pipeline
         first = pipeline.refused[0]
         log.info("commands refused", extra={"link": self.name, "count": len(pipeline.refused), "why": first.text})
@@ -263,7 +271,6 @@ class Link:
                 pipeline.detach()
                 return True
         pipeline.put_back()
-        pipeline.flush()  # if the connection was lost meanwhile, `trouble` tells
         return False
 
     async def _ask_elsewhere(self, endpoint: Endpoint) -> None:
