@@ -189,6 +189,20 @@ def test_every_foreign_import_is_a_declared_dependency() -> None:
     assert foreign - locked - {"torch"} == set()
 
 
+def test_a_producer_needs_only_the_base_dependencies() -> None:
+    """`pip install .` without extras gives `from millrace import Client` and the command."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    base = {re.split(r"[\[<>=!; ]", requirement)[0] for requirement in project["dependencies"]}
+    reached = {name for name in MODULES if starts_with(name, "millrace")}
+    while more := {one for name in reached for one in imports_of(name) if one in MODULES} - reached:
+        reached |= more
+    foreign = (
+        {one.partition(".")[0] for name in reached for one in imports_of(name)} - sys.stdlib_module_names - set(PRODUCT)
+    )
+
+    assert foreign - base == set()
+
+
 @pytest.mark.parametrize("name", PURE)
 def test_pure_rules_touch_no_wire(name: str) -> None:
     """If a rule needs Redis, a GPU or a sleep to be tested, it is in the wrong module."""
