@@ -401,6 +401,14 @@ async def test_the_openai_package_streams(sdk: openai.AsyncOpenAI) -> None:
     assert usage is not None and usage.completion_tokens == 3
 
 
+async def test_the_openai_package_completes(sdk: openai.AsyncOpenAI) -> None:
+    answer = await sdk.completions.create(model=MODEL, prompt="one two")
+    assert answer.choices[0].text == "one two"
+
+    stream = await sdk.completions.create(model=MODEL, prompt="[[delay_ms=5]] one two three", stream=True)
+    assert "".join([chunk.choices[0].text async for chunk in stream]) == "one two three"
+
+
 async def test_the_openai_package_lists_models(sdk: openai.AsyncOpenAI) -> None:
     assert [model.id async for model in sdk.models.list()] == [MODEL]
     assert (await sdk.models.retrieve(MODEL)).owned_by == "millrace"
