@@ -22,7 +22,7 @@ class SweepCalls(FollowCalls, NodeCalls, CellBase):
             "sweep",
             [keys.sweep, keys.grace, keys.leases, keys.late, keys.deadlines, keys.nodes_known],
             [
-                *(keys.prefix, holder, self.link.run_id, settings.lease_ms),
+                *(keys.prefix, holder, settings.lease_ms),
                 *(max(1500, settings.sweep_ms * 3 // 2), batch, settings.node_keep_ms),
             ],
         )

@@ -1,11 +1,14 @@
 -- What has fallen due, for one sweeper at a time. It only names things; each is then handled by its own script, which checks again.
--- KEYS sweep, grace, leases, late, deadlines, nodes:known. ARGV prefix, holder, run_id, lease_ms, lock_ms, batch, node_keep.
+-- KEYS sweep, grace, leases, late, deadlines, nodes:known. ARGV prefix, holder, lease_ms, lock_ms, batch, node_keep.
 -- Answers {0} or {1, grace until, expired {node, member...}, late jobs, jobs past their deadline, lapsed gateways, nodes to remove}.
 local sweep_key, grace_key, leases_key, late_key, deadlines_key, known_key = unpack(KEYS, 1, 6)
-local prefix, holder, run_id = ARGV[1], ARGV[2], ARGV[3]
-local lease_ms, lock_ms, batch, node_keep = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
+local prefix, holder = ARGV[1], ARGV[2]
+local lease_ms, lock_ms, batch, node_keep = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local SUDDEN_MS = 2000
 local MASS_LEAST = 3
+
+-- Asked here, not told by the caller: a call that waited for the server to come back would name the run before.
+local run_id = string.match(call('INFO', 'server'), 'run_id:(%x+)') or ''
 
 local sweeper = call('GET', sweep_key)
 if sweeper and sweeper ~= holder then

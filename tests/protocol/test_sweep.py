@@ -1,9 +1,16 @@
 """The sweep: what time does, by one caller at a time, and not while a whole server or network was away."""
 
+import asyncio
+
+from bus.cell import Cell
 from bus.entries import parse_control
 from bus.events import NodeBye
 from bus.ids import GatewayId, NodeId
+from bus.link import Link, ServerAddress
+from bus.settings import Settings
 from bus.wire import Requeued
+from tests.conftest import wait_until
+from tests.harness.servers import ValkeyServer
 from tests.protocol.world import GATEWAY, World
 
 N1 = NodeId("n1")
@@ -236,3 +243,22 @@ async def test_dead_consumers_go_only_when_nothing_is_pending(world: World):
 
     consumers = await world.link.send("XINFO", "CONSUMERS", key, "workers")
     assert (tidied, len(consumers)) == (1, 1)
+
+
+async def test_a_sweep_that_waited_for_the_server_to_come_back_still_gives_the_grace(own_server: ValkeyServer) -> None:
+    """It was called before the restart and is sent after it: what it reclaims is decided by the run that executes it."""
+    address = ServerAddress.parse(own_server.url)
+    async with await Link.connect(address, name="sweep", wait_s=10.0) as link:
+        cell = Cell(link, 0, Settings())
+        await cell.sweep("dispatcher:1")
+        await link.send("DEL", cell.keys.grace, cell.keys.sweep)
+        await link.send("SET", cell.keys.grace, f"{link.run_id} 0 0")
+        own_server.kill()
+        await wait_until(lambda: not link.connected)
+        waiting = asyncio.create_task(cell.sweep("dispatcher:1"))
+        await asyncio.sleep(0)
+        own_server.start()
+
+        report = await asyncio.wait_for(waiting, 10)
+
+    assert report.grace_until_ms > 0
