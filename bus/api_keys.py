@@ -29,6 +29,8 @@ ID_LENGTH: Final = 16  # hex digits of the hash: 64 bits, no two keys of a fleet
 CACHE_S: Final = 5.0
 CACHE_UNKNOWN_S: Final = 1.0  # a key made right after a refusal works almost at once
 CACHE_ENTRIES_MAX: Final = 10_000
+READS_MAX: Final = 4  # at once; the client has at least so many connections
+CHECK_WAIT_S: Final = 5.0
 USER_PATTERN: Final = re.compile(r"[\x20-\x7e]{0,128}")
 
 
@@ -116,6 +118,7 @@ class ApiKeys:
         self._cache_s = cache_s
         self._cache: OrderedDict[str, tuple[float, KeyRecord | None]] = OrderedDict()
         self._reads: dict[str, asyncio.Task[KeyRecord | None]] = {}
+        self._places = asyncio.Semaphore(READS_MAX)
 
     async def create(
         self,
@@ -168,7 +171,10 @@ class ApiKeys:
         return revoked
 
     async def check(self, key: str) -> KeyRecord | None:
-        """The record of a valid key, None for any other. A cancelled caller leaves the read to the others."""
+        """The record of a valid key, None for any other. A cancelled caller leaves the read to the others.
+
+        Raises LinkDown or ServerError, after CHECK_WAIT_S at the latest.
+        """
         digest = hash_key(key)
         known = self._cache.get(digest)
         if known is not None and self._clock() < known[0]:
@@ -178,7 +184,11 @@ class ApiKeys:
             read = asyncio.create_task(self._read(digest), name="read api key")
             self._reads[digest] = read
             read.add_done_callback(lambda done: self._forget(digest, done))
-        return await asyncio.shield(read)
+        try:
+            async with asyncio.timeout(CHECK_WAIT_S):
+                return await asyncio.shield(read)
+        except TimeoutError:
+            raise LinkDown(f"no answer within {CHECK_WAIT_S:g} s", maybe_sent=True) from None
 
     async def close(self) -> None:
         reads = list(self._reads.values())
@@ -193,7 +203,8 @@ class ApiKeys:
 
     async def _read(self, digest: str) -> KeyRecord | None:
         with _link_errors():
-            record = parse_record(await self._client.hgetall(api_key_key(digest)))
+            async with self._places:
+                record = parse_record(await self._client.hgetall(api_key_key(digest)))
         lasts_s = min(self._cache_s, CACHE_UNKNOWN_S) if record is None else self._cache_s
         self._cache[digest] = (self._clock() + lasts_s, record)
         self._cache.move_to_end(digest)

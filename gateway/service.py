@@ -15,7 +15,7 @@ from typing import Any, Final
 from aiohttp import web
 
 from bus.address_guard import AddressPolicy, AllowError, guarded_session
-from bus.api_keys import ApiKeys
+from bus.api_keys import READS_MAX, ApiKeys
 from bus.caller import Caller
 from bus.child import ParentLine
 from bus.exits import StartError
@@ -29,7 +29,6 @@ from gateway.state import Gateway
 
 KEEPALIVE_S: Final = 75.0  # longer than the 60 s of usual proxies, so that they close first
 CLOSE_WAIT_S: Final = 0.25  # for handlers that still run when the grace is over; honcho kills after 5 s in all
-KEY_CLIENT_CONNECTIONS: Final = 8
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ async def open_gateway(settings: Settings, address: ServerAddress) -> AsyncItera
     except AllowError as error:
         raise StartError(str(error)) from error
     async with (
-        client(address, connections_max=KEY_CLIENT_CONNECTIONS) as key_client,
+        client(address, connections_max=READS_MAX) as key_client,
         guarded_session(policy) as session,
     ):
         caller = await Caller(address, settings, name="gateway").start()

@@ -8,6 +8,8 @@ import fakeredis
 import pytest
 
 from bus.api_keys import CACHE_S, CACHE_UNKNOWN_S, ApiKeyError, ApiKeys, KeyLimits, hash_key
+from bus.link import ServerAddress
+from bus.link import client as open_client
 
 
 class Clock:
@@ -125,6 +127,17 @@ async def test_a_strange_id_revokes_nothing(keys: ApiKeys, key_id: str) -> None:
 async def test_unknown_scopes_make_no_key(keys: ApiKeys, scopes: list[str]) -> None:
     with pytest.raises(ApiKeyError):
         await keys.create(scopes)
+
+
+async def test_many_different_keys_at_once_share_few_connections(address: ServerAddress) -> None:
+    """The pool of an ordinary client refuses beyond its size: a busy second must not become a 503."""
+    async with open_client(address, connections_max=4) as client:
+        keys = ApiKeys(client)
+        made = [(await keys.create(["chat"])).key for _ in range(60)]
+
+        records = await asyncio.gather(*(keys.check(key) for key in made))
+
+    assert all(record is not None for record in records)
 
 
 async def test_a_cancelled_check_leaves_the_read_to_the_others(keys: ApiKeys) -> None:
