@@ -20,7 +20,7 @@ Parsed = TypeVar("Parsed")
 
 
 class Marker(msgspec.Struct, frozen=True):
-    """A new attempt begins; until the next marker only frames of this fence count."""
+    """A new attempt at a job that streams begins; until the next marker only frames of this fence count."""
 
     job_id: JobId
     fence: Fence

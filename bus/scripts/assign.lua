@@ -147,7 +147,8 @@ for i = 1, pick_count do
     answers[i] = {'out', out_of(h[3])}
   else
     local n, waits, late
-    local _, _, _, _, _, deadline, est_prompt, est_new = string.match(h[5], SPEC)
+    local _, flags, _, _, _, deadline, est_prompt, est_new = string.match(h[5], SPEC)
+    p.streams = find(flags, 's', 1, true)
     if tonumber(deadline) <= now then
       late = true
     elseif filled(h[7]) then
@@ -232,7 +233,10 @@ for _, p in ipairs(chosen) do
     'spec', h[5], 'text_len', text_len, 'token_len', token_len, 'payload', h[6])
   call('HSET', p.job, 'state', 'running', 'fence', p.fence, 'place', concat({'node', n.id, n.owner, node_entry}, ' '),
     'score', p.score, 'resume', resume)
-  send(p.out, out_ttl, 'type', 'marker', 'job', p.job_id, 'fence', p.fence, 'node', n.id, 'text_len', text_len,
-    'token_len', token_len)
+  -- Only frames are judged by the current fence; a job that does not stream has none, and its end names its own.
+  if p.streams then
+    send(p.out, out_ttl, 'type', 'marker', 'job', p.job_id, 'fence', p.fence, 'node', n.id, 'text_len', text_len,
+      'token_len', token_len)
+  end
 end
 return answers

@@ -93,4 +93,4 @@ async def check_invariants(world: World, jobs: Iterable[JobId], texts: dict[JobI
     names = await send("KEYS", "*")
     for raw, ttl in zip(names, await asyncio.gather(*(send("PTTL", raw) for raw in names)), strict=True):
         name = raw.decode().removeprefix(keys.prefix)
-        assert may_lack_ttl(name) or ttl > 0, f"{name} has no TTL"
+        assert may_lack_ttl(name) or ttl != -1, f"{name} has no TTL"
