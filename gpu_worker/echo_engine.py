@@ -171,6 +171,7 @@ class EchoEngine:
         script, start = running.script, running.position
         late = int((now_s - due_s) / script.delay_s) if script.delay_s and due_s else 0
         end_at = script.tokens if not script.delay_s else min(start + 1 + late, script.tokens)
+        end_at = min([end_at, *(at for at in (script.poison_at, script.stall_at) if at is not None and at > start)])
         end: End | None = None
         if running.cancelled:
             end_at, end = start, self._end(script, start, "cancelled")

@@ -174,7 +174,7 @@ async def test_the_knobs_of_the_settings_hold_where_a_prompt_says_nothing():
 async def test_batches_end_when_the_engine_is_closed():
     one = EchoEngine()
     one.submit(request("a b"))
-    heard = []
+    heard: list[Piece] = []
     async with asyncio.timeout(5):
         async for batch in one.batches():
             heard += batch
