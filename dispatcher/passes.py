@@ -46,6 +46,7 @@ class Passes:
         self._fresh: dict[QueueName, list[QueuedJob]] = {}  # brought by wakes
         self._left: set[QueueName] = set()  # had jobs left after the last look
         self._stuck: set[QueueName] = set()  # of these, those without room: more jobs change nothing
+        self._room = False  # room appeared during the pass: its look may not have seen that
         self._event = asyncio.Event()
         self._event.set()
         self._due: asyncio.TimerHandle | None = None
@@ -63,6 +64,7 @@ class Passes:
 
     def wake_room(self) -> None:
         """Room appeared somewhere."""
+        self._room = True
         if self._left:
             self._woken |= self._left
             self._event.set()
@@ -137,7 +139,10 @@ class Passes:
         self._log(taken, "fresh", sum(view.length for view in views))
 
     async def _look_and_assign(self, queues: Sequence[QueueName]) -> None:
+        """What wakes say from here on may be later than what the look shows, so it leads to another pass."""
         self.looks += 1
+        self._room = False
+        self._stuck -= set(queues or self._stuck)
         view = await self._cell.look(queues, ASSIGN_MAX)
         nodes = to_nodes(view)
         take_over_ms = self._cell.settings.take_over_ms
@@ -176,10 +181,13 @@ class Passes:
         left = {queue for queue, length in lengths.items() if length > taken.settled.get(queue, 0)}
         roomy = {queue for queue in left if any(is_open(one, view.now_ms) for one in nodes.get(queue_model(queue), ()))}
         looked = set(queues) or (self._left | self._stuck)
-        self._left = left | (self._left - looked)
-        self._stuck = (left - roomy) | (self._stuck - looked)
-        if moved and roomy:
-            self._woken |= roomy
+        # Another's queue is not ours to watch: if its jobs still wait, the next look at everything finds them.
+        own = {queue for queue in left if self.share.owns(queue)}
+        self._left = own | (self._left - looked)
+        self._stuck = (own - roomy) | (self._stuck - looked)
+        again = (roomy if moved else set()) | (own if self._room else set())
+        if again:
+            self._woken |= again
             self._event.set()
         if view.due_ms > view.now_ms:
             self.look_again_in((view.due_ms - view.now_ms) / 1000)

@@ -4,6 +4,8 @@ import asyncio
 import json
 import random
 import time
+from collections.abc import Coroutine
+from typing import Any
 
 import pytest
 
@@ -71,6 +73,30 @@ async def test_room_is_used_as_soon_as_it_appears(cell: Cell, dispatching: Dispa
         took_s = time.monotonic() - begun
 
     assert took_s < 1.0
+
+
+async def test_room_and_work_that_appear_during_a_pass_are_not_missed(cell: Cell, dispatching: Dispatching) -> None:
+    """Between a look and what is remembered of it, a wake may come: no timeout may be needed to find it."""
+    node = await HandNode.join(cell, "a", capacity=1)
+    rng = random.Random(5)
+    submitted = finished = 0
+    async with dispatching(block_ms=30_000, renew_ms=7_500):
+        for _ in range(200):
+            calls: list[Coroutine[Any, Any, object]] = []
+            if submitted > finished:
+                calls.append(node.finish(await node.take()))
+                finished += 1
+            for _ in range(rng.choice([0, 1, 1, 2]) if submitted - finished < 3 else 0):
+                calls.append(submit(cell, f"j{submitted}"))
+                submitted += 1
+            rng.shuffle(calls)
+            for call in calls:
+                await asyncio.sleep(rng.choice([0, 0, 0.0005, 0.002]))
+                await call
+            if submitted > finished:
+                await wait_until(node.running, timeout_s=2, step_s=0.0005)
+
+    assert submitted > 100
 
 
 async def test_a_batch_spreads_over_the_nodes_by_their_promised_tokens(cell: Cell, dispatching: Dispatching) -> None:
