@@ -115,7 +115,7 @@ class Soak:
     def kill_server(self) -> None:
         self.server.kill()
         time.sleep(self.chance.uniform(0.0, 1.0))
-        self.server.start()
+        self.server.start(timeout_s=60)  # it reads its log again
 
     def drop_connections(self) -> None:
         self.server.call("CLIENT", "KILL", "TYPE", "normal")

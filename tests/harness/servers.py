@@ -68,14 +68,14 @@ class ValkeyServer:
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
-    def start(self) -> Self:
-        """Returns once it answers. Raises RuntimeError with the log when it does not within 10 s."""
+    def start(self, timeout_s: float = START_TIMEOUT_S) -> Self:
+        """Returns once it answers. Raises RuntimeError with the log when it does not within timeout_s."""
         assert not self.running
         with (self.directory / "log").open("ab") as log_file:
             self._process = subprocess.Popen(
                 self._command(), cwd=self.directory, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file
             )
-        deadline = time.monotonic() + START_TIMEOUT_S
+        deadline = time.monotonic() + timeout_s
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"valkey-server did not start:\n{(self.directory / 'log').read_text()[-2000:]}")
