@@ -4,6 +4,7 @@ What a node promises by its lease, and when it stops promising:
 
     engine idle, or made progress within stall_limit      renew every renew_ms
     engine busy without progress, or the service is deaf  no renewal: alive but deaf must lapse
+    still so after another stall_limit                    the service ends, and its parent starts a new process
     no successful renewal for self_fence_ms               fenced: publishes and finishes nothing (lease < self fence
                                                           would let another worker begin while this one still speaks)
 
@@ -13,7 +14,9 @@ to the service's loop; it shares nothing else. A success counts from before the 
 
 import asyncio
 import contextlib
+import faulthandler
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +24,7 @@ from concurrent.futures import Future
 from functools import partial
 
 from bus.cell import Cell
+from bus.exits import EXIT_CRASH
 from bus.ids import Fence, Holder, JobId, NodeId
 from bus.keys import CellKeys
 from bus.link import Link, LinkError, ServerAddress
@@ -73,10 +77,12 @@ class Tenure:
         deaf_s: Callable[[], float],
         on_renewed: Callable[[Renewed, float], None],
         on_superseded: Callable[[Superseded], None],
+        on_stalled: Callable[[], None],
     ) -> None:
         """listed, load, deaf_s: called in the lease thread. deaf_s: for how long the service has heard nothing.
 
-        on_renewed: the answer, and the monotonic time at which it was asked.
+        on_renewed: the answer, and the monotonic time at which it was asked. on_stalled: end this node's service; its
+        lease has lapsed and nothing suggests that its engine will ever go on.
         """
         now_s = time.monotonic()
         self.cell = cell
@@ -86,7 +92,8 @@ class Tenure:
         self.listed = listed
         self.on_renewed = on_renewed
         self.on_superseded = on_superseded
-        self.stalled = False
+        self.on_stalled = on_stalled
+        self.stalled_s: float | None = None  # since when no renewal is due
         self._load = load
         self._deaf_s = deaf_s
         self._stall_limit_s = settings.stall_limit_ms / 1000
@@ -94,11 +101,17 @@ class Tenure:
 
     def may_renew(self, now_s: float) -> bool:
         stalled = self._watch.is_stalled(self._load(), now_s) or self._deaf_s() > self._stall_limit_s
-        if stalled != self.stalled:
-            self.stalled = stalled
-            say = log.error if stalled else log.warning
-            say("no progress, the lease lapses" if stalled else "progress again", extra={"node": self.node})
+        if stalled and self.stalled_s is None:
+            self.stalled_s = now_s
+            log.error("no progress, the lease lapses", extra={"node": self.node})
+        elif not stalled and self.stalled_s is not None:
+            self.stalled_s = None
+            log.warning("progress again", extra={"node": self.node})
         return not stalled
+
+    def is_lost(self, now_s: float, patience: int = 1) -> bool:
+        """Stalled for another `patience` limits: a new process is the only hope."""
+        return self.stalled_s is not None and now_s - self.stalled_s > patience * self._stall_limit_s
 
 
 class LeaseThread:
@@ -191,9 +204,19 @@ class LeaseThread:
     async def _renew_all(self, cells: dict[int, Cell]) -> bool:
         """All nodes in one write. False: some renewal failed and should be tried again soon."""
         now_s = time.monotonic()
+        self._give_up_lost(now_s)
         due = [tenure for tenure in list(self._tenures.values()) if tenure.may_renew(now_s)]
         bare = [self._renew_bare(cells[cell], holder) for cell, holder in list(self._bare.items())]
         return all(await asyncio.gather(*bare, *(self._renew(cells[one.cell], one, now_s) for one in due)))
+
+    def _give_up_lost(self, now_s: float) -> None:
+        for tenure in list(self._tenures.values()):
+            if tenure.is_lost(now_s, patience=2):  # it did not even hear that it is lost: its event loop is stuck
+                log.critical("the service is stuck, ending the process", extra={"node": tenure.node})
+                faulthandler.dump_traceback()
+                os._exit(EXIT_CRASH)
+            if tenure.is_lost(now_s):
+                self._tell(tenure.on_stalled)
 
     async def _renew_bare(self, cell: Cell, holder: Holder) -> bool:
         try:

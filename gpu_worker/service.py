@@ -88,6 +88,7 @@ class NodeService:
             deaf_s=self._deaf_s,
             on_renewed=self._on_renewed,
             on_superseded=self._fail,
+            on_stalled=self._on_stalled,
         )
         self._loop = asyncio.get_running_loop()
         self._group: asyncio.TaskGroup | None = None
@@ -351,6 +352,9 @@ class NodeService:
         for sequence in renewed.others:
             self._publisher.repeat_finish(sequence)
         self._pump()
+
+    def _on_stalled(self) -> None:
+        self._fail(EngineFault("the engine makes no progress, a new process must take its place"))
 
     def on_reconnect(self) -> None:
         """The cell's link has a new connection; another run_id is a server that may have lost its last second."""

@@ -1,6 +1,7 @@
 """A worker on a real server: jobs end once, with the whole text, whatever happens around them."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -11,6 +12,7 @@ from bus.exits import leaves
 from bus.ids import NodeId
 from bus.settings import Settings
 from bus.wire import Superseded
+from gpu_worker.publisher import EngineFault
 from gpu_worker.worker import run
 from tests.conftest import wait_until
 from tests.harness.servers import ValkeyServer
@@ -207,11 +209,14 @@ async def test_a_worker_that_lost_its_node_drops_everything(house: House):
 
 
 @pytest.mark.slow
-async def test_a_stalled_engine_loses_its_lease_and_its_jobs(house: House):
-    """Alive but deaf must lapse, or it eats jobs for ever."""
-    async with worker(house, "w2"), worker(house, "w1", stall_limit_ms=500):
+async def test_a_stalled_engine_loses_its_lease_and_its_jobs_and_then_its_process(house: House):
+    """Alive but deaf must lapse, or it eats jobs for ever; and a GPU that hangs needs a new process."""
+    settings = SETTINGS.changed(redis_url=house.url, node_id="w1", stall_limit_ms=2_000)
+    async with worker(house, "w2"):
+        running = asyncio.create_task(run(settings, ParentLine()))
+        await house.wait_for_node("w1")
         house.dispatching = False
-        stuck = await house.submit("[[stall=1 delay_ms=5]] a b", deadline_ms=3_000)
+        stuck = await house.submit("[[stall=1 delay_ms=5]] a b", deadline_ms=8_000)
         neighbour = await house.submit("[[delay_ms=20 tokens=60]] n")
         await house.assign_to("w1")
         await wait_until(lambda: house.told[stuck].text)
@@ -226,3 +231,20 @@ async def test_a_stalled_engine_loses_its_lease_and_its_jobs(house: House):
         end = await house.end_of(neighbour)
         assert (end.state, end.node) == ("done", "w2")
         assert house.told[neighbour].text == b"n" + b" n" * 59 and house.told[neighbour].faults == []
+        with pytest.raises(ExceptionGroup) as caught:
+            await asyncio.wait_for(running, 8)
+        assert any(isinstance(leaf, EngineFault) for leaf in leaves(caught.value))
+
+
+async def test_a_blocked_event_loop_does_not_cost_the_lease(house: House):
+    """The lease has a thread of its own; a long garbage collection or a big prompt must not look like death."""
+    async with worker(house):
+        job_id = await house.submit("[[delay_ms=100 tokens=5]] a")
+        await wait_until(lambda: house.told[job_id].text)
+
+        time.sleep(SETTINGS.lease_ms / 1000 + 0.5)  # noqa: ASYNC251 - the point of this test
+
+        assert (await house.node("w1")).leased
+        await house.end_of(job_id)
+        record = await house.cell.job(job_id)
+        assert record is not None and record.crashes == 0 and len(house.told[job_id].attempts) == 1
