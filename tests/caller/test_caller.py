@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from bus.caller import Caller, CallOptions, Refusal, UnknownJob
+from bus.caller import Caller, CallOptions, Refusal, UnknownJob, read_count
 from bus.ids import ModelName
 from bus.job_handle import Detached, Finished, HandleEvent, JobHandle, TextDelta
 from bus.jobs import ChatJob, Message
@@ -294,3 +294,8 @@ async def test_another_body_under_the_same_idempotency_key_is_refused(caller: Ca
 
     assert refused.value.code == "idem_conflict"
     assert caller.waiting == 1
+
+
+def test_a_read_takes_about_a_quarter_of_what_is_waited_for() -> None:
+    """So that callers and the bus work at the same time, and not in turns."""
+    assert [read_count(waiting) for waiting in (0, 1, 32, 256, 10_000)] == [8, 8, 8, 64, 512]
