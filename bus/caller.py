@@ -331,7 +331,8 @@ class Caller:
         generation = 0
         while True:
             try:
-                batch = await reader.xread({key: cursor}, count=read_count(self.waiting), block_ms=self.settings.block_ms)
+                count = read_count(self.waiting)
+                batch = await reader.xread({key: cursor}, count=count, block_ms=self.settings.block_ms)
             except ServerError as error:
                 log.error("out-stream cannot be read", extra={"gateway": self.id, "cell": cell.cell, "why": str(error)})
                 await asyncio.sleep(1.0)
