@@ -77,17 +77,14 @@ class Fields:
     def raw(self, field: str) -> Any:
         return self._values.get(field)
 
-    def has(self, field: str) -> bool:
-        return self._values.get(field) is not None
-
-    def text(self, field: str, *, longest: int, empty: bool = False) -> str | None:
+    def text(self, field: str, *, longest: int) -> str | None:
         """Text without NUL, which no tokenizer, terminal or C library treats as a character."""
         value = self.raw(field)
         if value is None:
             return None
         if not isinstance(value, str):
             raise invalid(self.name(field), "be a string", value)
-        if not value and not empty:
+        if not value:
             raise invalid(self.name(field), "not be empty")
         if len(value) > longest:
             raise invalid(self.name(field), f"have at most {longest} characters; it has {len(value)}")

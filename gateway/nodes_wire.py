@@ -29,10 +29,6 @@ def served_models(nodes: Iterable[NodeView]) -> tuple[str, ...]:
     return tuple(sorted({model for node in able for model in node.models}))
 
 
-def known_models(nodes: Iterable[NodeView]) -> tuple[str, ...]:
-    return tuple(sorted({model for node in nodes for model in node.models}))
-
-
 def success_rate(node: NodeView) -> float | None:
     """Share of jobs that ended well among those whose outcome is the node's doing; None before the first."""
     judged = node.ok + node.failed
