@@ -246,7 +246,7 @@ async def test_dead_consumers_go_only_when_nothing_is_pending(world: World):
 
 
 async def test_a_sweep_that_waited_for_the_server_to_come_back_still_gives_the_grace(own_server: ValkeyServer) -> None:
-    """It was called before the restart and is sent after it: what it reclaims is decided by the run that executes it."""
+    """Called before the restart, sent after it: what it reclaims is decided by the run that executes it."""
     address = ServerAddress.parse(own_server.url)
     async with await Link.connect(address, name="sweep", wait_s=10.0) as link:
         cell = Cell(link, 0, Settings())

@@ -14,7 +14,7 @@ from bus.events import HttpBeat, NodeBeat, NodeEvent, NodeRegistered
 from bus.ids import GatewayId, Holder, JobId, ModelName, NodeId
 from bus.jobs import ChatJob, Message
 from bus.keys import REGISTRY_GROUP, WORKERS_GROUP, QueueName
-from bus.link import Link
+from bus.link import Link, ServerError
 from bus.settings import Settings
 from bus.wire import (
     Accepted,
@@ -225,8 +225,9 @@ class World:
     async def group(self, stream: str, group: str) -> None:
         try:
             await self.link.send("XGROUP", "CREATE", stream, group, "0", "MKSTREAM")
-        except Exception as error:  # it exists
-            assert "BUSYGROUP" in str(error)
+        except ServerError as error:
+            if error.code != "BUSYGROUP":
+                raise
 
 
 async def make_world(link: Link, cell: int = 0, settings: Settings = SETTINGS) -> World:
