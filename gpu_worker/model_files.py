@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import importlib
 import logging
 import os
 import shutil
@@ -91,16 +92,9 @@ def _resolve_path(text: str, models: Path) -> Path:
 
 
 def _from_hub(name: str, models: Path) -> Path:
-    import huggingface_hub  # only here: most workers never need the hub, and it is slow to import
-
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name, cache_dir=models / "hub", allow_patterns=["*.json", "*.safetensors", "*.jinja"]
-            )
-        )
-    except Exception as error:  # a dozen kinds, from no network to no such repository
-        raise EngineStartError(f"{name} could not be fetched from the hub: {error}") from error
+    hub = importlib.import_module("gpu_worker.hub")  # slow to import, and most workers never need it
+    directory: Path = hub.fetch_from_hub(name, models / "hub")
+    return directory
 
 
 def fetch(

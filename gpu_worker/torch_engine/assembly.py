@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import platform
 import time
 
 import torch
@@ -28,11 +29,9 @@ log = logging.getLogger(__name__)
 
 KV_BYTES_SHARE = 0.25  # of the memory that is free at start, at most, when kv_tokens is not set
 SEQUENCE_TOKENS_TYPICAL = 1024
-WARM_UP_PROMPTS = (
-    "The quick brown fox jumps over the lazy dog. " * 12,
-    "A millrace turns a stream into power, day and night. " * 12,
-)
-WARM_UP_TOKENS = 8
+WARM_UP_PROMPTS = ("The quick brown fox jumps over the lazy dog. " * 6, "A millrace turns a stream into power. " * 8)
+WARM_UP_LIMIT_S = 1.0  # a pass in progress ends after this, and the next one does not begin: a start must not wait
+WARM_UP_TOKENS = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +97,12 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def default_threads(cores: int) -> int:
-    """One or two cores: all, since the loop needs little and the system shares fairly. Larger machines leave some."""
-    return cores if cores <= 2 else cores - 1 if cores <= 8 else cores - 2
+    """One core is left to the event loop and the system, two on large machines.
+
+    A step is hundreds of short parallel sections, each as slow as its slowest thread: one thread that has to share its
+    core with a busy neighbour makes the whole step several times slower (measured), so room pays more than it costs.
+    """
+    return max(1, cores - 1) if cores <= 8 else cores - 2
 
 
 def choose_dtype(wanted: str, device: torch.device, shape: ModelConfig) -> torch.dtype:
@@ -108,6 +111,9 @@ def choose_dtype(wanted: str, device: torch.device, shape: ModelConfig) -> torch
         return torch.float32 if wanted == "float32" else torch.bfloat16
     if device.type == "cuda":
         return torch.bfloat16
+    if not has_fast_bfloat16():
+        log.info("dtype chosen", extra={"dtype": "float32", "reason": "this CPU only emulates bfloat16"})
+        return torch.float32
     seconds = {
         dtype: measure_product(shape.intermediate, shape.hidden, dtype) for dtype in (torch.float32, torch.bfloat16)
     }
@@ -115,6 +121,12 @@ def choose_dtype(wanted: str, device: torch.device, shape: ModelConfig) -> torch
     milliseconds = {str(dtype).removeprefix("torch."): round(1000 * value, 3) for dtype, value in seconds.items()}
     log.info("dtype chosen by speed", extra={"dtype": str(chosen).removeprefix("torch."), "product_ms": milliseconds})
     return chosen
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether measuring is worth it: AMX or AVX-512 BF16; asked of torch, whose names for this are private."""
+    asked = [getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
+    return any(ask() for ask in asked if ask is not None) or platform.machine() not in ("x86_64", "AMD64")
 
 
 def measure_product(rows_out: int, width: int, dtype: torch.dtype) -> float:
@@ -155,9 +167,10 @@ def free_memory(device: torch.device) -> int:
 
 
 def warm_up(assembled: Assembled) -> None:
-    """A few steps through the whole path, twice: the first pass makes what is made once, the second is measured."""
+    """A few steps through the whole path, twice if time permits: the first pass makes what is made once."""
+    limit_s = time.monotonic() + WARM_UP_LIMIT_S
+    core = assembled.core
     for text in WARM_UP_PROMPTS:
-        assembled.core.rates = Rates()
         job = ChatJob(
             model=ModelName("warm-up"),
             prompt=text,
@@ -168,7 +181,15 @@ def warm_up(assembled: Assembled) -> None:
         answer = prepare(GenerateRequest("warm-up", job, seed=0), assembled.text, context_max=assembled.context)
         if isinstance(answer, End):
             return  # a context too small for the text: the first real steps measure
-        assembled.core.add(answer)
-        while not assembled.core.idle:
-            assembled.core.step()
-    assembled.core.rates.sequence_tokens = Rates().sequence_tokens
+        core.rates = Rates()
+        core.add(answer)
+        steps = 0
+        while not core.idle:
+            if time.monotonic() > limit_s and steps >= 2:  # one prefill and one decode step are the least
+                core.cancel("warm-up")
+            else:
+                core.step()
+            steps += 1
+        core.rates.sequence_tokens = Rates().sequence_tokens
+        if time.monotonic() > limit_s:
+            return

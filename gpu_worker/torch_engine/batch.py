@@ -22,8 +22,7 @@ class Batch:
     positions: Tensor  # (rows,) int64
     slots: Tensor  # (rows,) where each row's keys and values go
     groups: tuple[AttentionGroup, ...]
-    sampled: tuple[Work, ...]  # the work whose last row is sampled from
-    sampled_rows: Tensor  # (len(sampled),)
+    last_rows: Tensor  # (len(work),) the last row of each piece of work; sampled from if the work samples
 
 
 def build_batch(plan: Plan, *, heads_per_kv_head: int, row_multiple: int, device: torch.device) -> Batch:
@@ -32,7 +31,9 @@ def build_batch(plan: Plan, *, heads_per_kv_head: int, row_multiple: int, device
     for work in plan.decode:
         by_tiles.setdefault(round_tiles(tiles_for(work.start + 1)), []).append(work)
     members = [(tiles, [(work, work.start, 1) for work in group]) for tiles, group in sorted(by_tiles.items())]
-    members += [(tiles_for(start + count), [(work, start, count)]) for work in plan.prefill for start, count in spans(work)]
+    members += [
+        (tiles_for(start + count), [(work, start, count)]) for work in plan.prefill for start, count in spans(work)
+    ]
     order = tuple(work for _, group in sorted(by_tiles.items()) for work in group) + plan.prefill
 
     groups, row = [], 0
@@ -50,15 +51,13 @@ def build_batch(plan: Plan, *, heads_per_kv_head: int, row_multiple: int, device
     for work in order:
         at += work.count
         ends.append(at)
-    sampled = [(work, end) for work, end in zip(order, ends, strict=True) if work.samples]
     return Batch(
         work=order,
         tokens=torch.tensor(tokens, device=device),
         positions=torch.tensor(positions, device=device),
         slots=torch.tensor(slots, device=device),
         groups=tuple(groups),
-        sampled=tuple(work for work, _ in sampled),
-        sampled_rows=torch.tensor([end for _, end in sampled], dtype=torch.int64, device=device),
+        last_rows=torch.tensor(ends, device=device),
     )
 
 

@@ -43,12 +43,21 @@ class EngineFailed(Exception):
 class TorchEngine:
     """Implements gpu_worker.engine.Engine."""
 
-    def __init__(self, config: TorchEngineConfig) -> None:
+    def __init__(
+        self,
+        config: TorchEngineConfig,
+        *,
+        assemble: Callable[[TorchEngineConfig], Assembled] = assemble,
+        intake_max: int = INTAKE_MAX,
+        outbox_tokens_max: int = OUTBOX_TOKENS_MAX,
+    ) -> None:
         self._config = config
+        self._assemble = assemble
+        self._outbox_tokens_max = outbox_tokens_max
         self._assembled: Assembled | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._taken = asyncio.Event()  # something to take from the outbox, or the end of it
-        self._intake: queue.Queue[GenerateRequest | None] = queue.Queue(INTAKE_MAX)
+        self._intake: queue.Queue[GenerateRequest | None] = queue.Queue(intake_max)
         self._change = threading.Condition()  # guards all below
         self._mailbox: deque[Mail] = deque()
         self._outbox: dict[str, Piece] = {}
@@ -66,7 +75,7 @@ class TorchEngine:
     async def start(self) -> EngineInfo:
         """Load the model, measure it, start the threads. Raises EngineStartError."""
         self._loop = asyncio.get_running_loop()
-        self._assembled = await asyncio.to_thread(assemble, self._config)
+        self._assembled = await asyncio.to_thread(self._assemble, self._config)
         self._load = self._assembled.core.load()
         for thread in self._threads:
             thread.start()
@@ -189,14 +198,14 @@ class TorchEngine:
         while True:
             with self._change:
                 while not (
-                    self._closing or self._mailbox or (not core.idle and self._outbox_tokens < OUTBOX_TOKENS_MAX)
+                    self._closing or self._mailbox or (not core.idle and self._outbox_tokens < self._outbox_tokens_max)
                 ):
                     self._change.wait(IDLE_WAIT_S)
                 if self._closing:
                     return
                 mail, self._mailbox = self._mailbox, deque()
             pieces = [piece for letter in mail for piece in letter(core)]
-            if self._outbox_tokens < OUTBOX_TOKENS_MAX:
+            if self._outbox_tokens < self._outbox_tokens_max:
                 pieces += core.step().pieces
             self._publish(pieces, core)
 

@@ -17,6 +17,7 @@ from gpu_worker.torch_engine.prompt import Answer
 from gpu_worker.torch_engine.rates import Rates, capacity_now
 from gpu_worker.torch_engine.sampler import sample
 from gpu_worker.torch_engine.scheduler import Plan, Scheduler, Work
+from gpu_worker.torch_engine.sequence import Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +81,14 @@ class EngineCore:
         batch = build_batch(
             plan, heads_per_kv_head=self._decoder.config.group, row_multiple=self._row_multiple, device=self._device
         )
-        logits = self._forward(batch)
-        tokens = self._sample(batch, logits)
-        for work in batch.work:
-            self.scheduler.computed(work)
-        pieces = [self._complete(work, token) for work, token in zip(batch.sampled, tokens, strict=True)]
+        hidden = self._decoder.forward(self._decoder.embed(batch.tokens), batch, self._cache)[batch.last_rows]
+        healthy, broken = self._sort_out(batch, hidden)
+        for row in healthy:
+            self.scheduler.computed(batch.work[row])
+        sampled = [row for row in healthy if batch.work[row].samples]
+        tokens = self._sample([batch.work[row].sequence for row in sampled], hidden[sampled])
+        pieces = [self._give_up(batch.work[row]) for row in broken]
+        pieces += [self._complete(batch.work[row], token) for row, token in zip(sampled, tokens, strict=True)]
         if self.scheduler.idle:
             self.scheduler.check_integrity()
         return self._report(plan, pieces, began_s)
@@ -110,22 +114,29 @@ class EngineCore:
             last_progress_s=self.last_progress_s,
         )
 
-    def _forward(self, batch: Batch) -> Tensor:
-        hidden = self._decoder.forward(self._decoder.embed(batch.tokens), batch, self._cache)
-        return self._decoder.logits(hidden[batch.sampled_rows]) if batch.sampled else hidden[:0]
+    def _sort_out(self, batch: Batch, hidden: Tensor) -> tuple[list[int], list[int]]:
+        """Which work came out finite and which did not. A last row sees all before it, so it tells for the whole."""
+        finite = torch.isfinite(hidden).all(-1).tolist()
+        return [row for row, fine in enumerate(finite) if fine], [row for row, fine in enumerate(finite) if not fine]
 
-    def _sample(self, batch: Batch, logits: Tensor) -> list[int | None]:
-        if not batch.sampled:
+    def _sample(self, sequences: list[Sequence], hidden: Tensor) -> list[int | None]:
+        if not sequences:
             return []
-        sequences = [work.sequence for work in batch.sampled]
+        logits = self._decoder.logits(hidden)
         return sample(logits, [s.sampling for s in sequences], [s.answer_len for s in sequences])
+
+    def _give_up(self, work: Work) -> Piece:
+        """Numbers that are not finite: this sequence fails, and nothing of it reaches the next owner of its blocks."""
+        self._cache.clear(work.sequence.blocks)
+        answer = self._answers[work.sequence.id]
+        return self._finish(answer, "", (), _broken(answer))
 
     def _complete(self, work: Work, token: int | None) -> Piece:
         """One more token of one answer: its text, and whether that was the last."""
         sequence = work.sequence
         answer = self._answers[sequence.id]
         if token is None:
-            return self._finish(answer, "", (), _broken(answer))
+            return self._give_up(work)
         if not sequence.first_token_s:
             sequence.first_token_s = self._clock()
         if token in self._eos and not sequence.ignore_eos:

@@ -30,6 +30,11 @@ class KVCache:
         """blocks: (count,). Returns keys and values, each (kv_heads, count, BLOCK_TOKENS, head_dim), contiguous."""
         return self.keys[layer].index_select(1, blocks), self.values[layer].index_select(1, blocks)
 
+    def clear(self, blocks: list[int]) -> None:
+        """Back to zero: a masked key has weight 0, but 0 times a value that is not finite would reach the next."""
+        for cache in (*self.keys, *self.values):
+            cache[:, blocks] = 0
+
 
 def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     if device.type == "cpu" and dtype == torch.float32:

@@ -4,6 +4,9 @@ A row's token depends on its logits, its parameters, its seed and its position; 
 work as in Hugging Face's `generate`: temperature, then top_k, then top_p over what top_k left.
 """
 
+import bisect
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -35,46 +38,54 @@ def _draw(logits: Tensor, choices: list[SamplingChoice], positions: list[int]) -
     scaled = logits / temperature[:, None]
     whole = torch.logsumexp(scaled, -1)
     likeliest, tokens = scaled.topk(min(CANDIDATES, scaled.shape[1]), -1)
-    masses = torch.exp(likeliest - whole[:, None]).double().cpu()
-    tokens = tokens.cpu()
+    masses = torch.exp(likeliest - whole[:, None]).double().tolist()
+    complete = tokens.shape[1] == scaled.shape[1]
     picked = []
     for row, (choice, position) in enumerate(zip(choices, positions, strict=True)):
-        place = pick(masses[row], choice, uniform(choice.seed, position), complete=masses.shape[1] == scaled.shape[1])
-        if place is not None:
+        draw = uniform(choice.seed, position)
+        place = pick(masses[row], choice, draw, complete=complete)
+        if place is None:
+            rest, order = _rest(scaled[row], tokens[row])
+            ordered = masses[row] + torch.exp(rest - whole[row]).double().tolist()
+            place = pick(ordered, choice, draw, complete=True)
+            assert place is not None
+            picked.append(int(torch.cat([tokens[row], order])[place]))
+        else:
             picked.append(int(tokens[row, place]))
-            continue
-        values, order = scaled[row].sort(descending=True, stable=True)
-        place = pick(
-            torch.exp(values - whole[row]).double().cpu(), choice, uniform(choice.seed, position), complete=True
-        )
-        assert place is not None
-        picked.append(int(order[place]))
     return picked
 
 
-def pick(masses: Tensor, choice: SamplingChoice, draw: float, *, complete: bool) -> int | None:
+def _rest(scaled: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """All but the candidates, in falling order: behind them they make one order, also where values are equal."""
+    values, order = scaled.scatter(0, candidates, float("-inf")).sort(descending=True, stable=True)
+    left = len(scaled) - len(candidates)
+    return values[:left], order[:left]
+
+
+def pick(masses: list[float], choice: SamplingChoice, draw: float, *, complete: bool) -> int | None:
     """The place drawn among probabilities in falling order, or None if those given may not suffice.
 
-    masses: (n,) float64 probabilities of the likeliest n tokens; complete: n is the whole vocabulary.
-    draw: uniform in [0, 1).
+    masses: of the likeliest tokens; complete: these are the whole vocabulary. draw: uniform in [0, 1).
     """
-    cumulative = masses.cumsum(0)
-    if 0 < choice.top_k <= len(masses):
+    cumulative = list(itertools.accumulate(masses))
+    if 0 < choice.top_k <= len(cumulative):
         cumulative = cumulative[: choice.top_k]
-        total = float(cumulative[-1])
-    elif choice.top_k and not complete:
-        return None  # needs the sum over more candidates than there are here
+        total = cumulative[-1]
+    elif complete:
+        total = cumulative[-1]
+    elif choice.top_k:
+        return None  # the sum over what top_k leaves is not known
     else:
-        total = float(cumulative[-1]) if complete else 1.0
+        total = 1.0
+    whole_known = complete or choice.top_k > 0
     if choice.top_p < 1.0:
-        kept = int((cumulative < choice.top_p * total).sum()) + 1
-        if kept > len(cumulative):
-            if not complete:
-                return None
-            kept = len(cumulative)
+        kept = bisect.bisect_left(cumulative, choice.top_p * total) + 1
+        if kept > len(cumulative) and not whole_known:
+            return None
         cumulative = cumulative[:kept]
-        total = float(cumulative[-1])
-    place = int(torch.searchsorted(cumulative, draw * total, right=True))
-    if place >= len(cumulative):
-        return len(cumulative) - 1 if complete or choice.top_k or choice.top_p < 1.0 else None
-    return place
+        total = cumulative[-1]
+        whole_known = True
+    place = bisect.bisect_right(cumulative, draw * total)
+    if place < len(cumulative):
+        return place
+    return len(cumulative) - 1 if whole_known else None

@@ -1,0 +1,167 @@
+"""Loading is strict: what is missing, wrong or left over is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gpu_worker.engine import EngineStartError
+from gpu_worker.torch_engine.assembly import default_threads
+from gpu_worker.torch_engine.config import TorchEngineConfig
+from gpu_worker.torch_engine.loader import log_progress, resume_digest
+from gpu_worker.torch_engine.model_config import parse_config
+from tests.torch_engine.tiny import CONFIG, request, run, tiny_engine, tiny_model
+
+LAYER = "model.layers.1.mlp.up_proj.weight"
+
+
+def rewrite(directory: Path, **changes: torch.Tensor | None) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    for name, tensor in changes.items():
+        tensors.pop(name, None)
+        if tensor is not None:
+            tensors[name] = tensor
+    save_file(tensors, directory / "model.safetensors")
+
+
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
+    rewrite(tiny_model(tmp_path), **{LAYER: None})
+
+    with pytest.raises(EngineStartError, match=LAYER):
+        tiny_engine(tmp_path)
+
+
+def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
+    rewrite(tiny_model(tmp_path), **{LAYER: torch.zeros(3, 4)})
+
+    with pytest.raises(EngineStartError, match=rf"{LAYER} has shape \(3, 4\), expected \(96, 64\)"):
+        tiny_engine(tmp_path)
+
+
+def test_a_tensor_that_nobody_knows_is_named(tmp_path: Path) -> None:
+    """It may be a part of the model that we would leave out silently."""
+    rewrite(tiny_model(tmp_path), **{"model.layers.0.mlp.experts.weight": torch.zeros(2)})
+
+    with pytest.raises(EngineStartError, match="experts"):
+        tiny_engine(tmp_path)
+
+
+def test_a_tied_head_may_be_stored_a_second_time(tmp_path: Path) -> None:
+    directory = tiny_model(tmp_path, tie_word_embeddings=True)
+    embedding = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
+    rewrite(directory, **{"lm_head.weight": embedding.clone()})
+
+    tiny_engine(directory)
+
+
+def test_several_shards_are_one_model(tmp_path: Path, model_dir: Path) -> None:
+    directory = tiny_model(tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    names = sorted(tensors)
+    parts = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
+    for file, held in parts.items():
+        save_file({name: tensors[name] for name in held}, directory / file)
+    where = {name: file for file, held in parts.items() for name in held}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    (directory / "model.safetensors").unlink()
+
+    found = run(tiny_engine(directory), [request("a", "hello")])["a"].tokens
+
+    assert found == run(tiny_engine(model_dir), [request("a", "hello")])["a"].tokens
+
+
+def test_a_truncated_file_is_named(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+    with pytest.raises(EngineStartError, match=r"model\.safetensors"):
+        tiny_engine(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_missing_file_is_named(tmp_path: Path, missing: str) -> None:
+    (tiny_model(tmp_path) / missing).unlink()
+
+    with pytest.raises(EngineStartError, match=r"config\.json|tokenizer\.json|safetensors"):
+        tiny_engine(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM is not supported"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"hidden_size": None}, "missing or bad field"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
+    ],
+)
+def test_what_we_do_not_compute_is_refused(tmp_path: Path, change: dict[str, object], said: str) -> None:
+    directory = tiny_model(tmp_path)
+    (directory / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": 267} | change))
+
+    with pytest.raises(EngineStartError, match=said):
+        tiny_engine(directory)
+
+
+def test_a_sliding_window_bounds_the_context() -> None:
+    """Within the window all attention is full attention; beyond it we would be wrong."""
+    mistral = CONFIG | {"vocab_size": 9, "architectures": ["MistralForCausalLM"], "sliding_window": 128}
+    qwen = CONFIG | {
+        "vocab_size": 9,
+        "architectures": ["Qwen2ForCausalLM"],
+        "sliding_window": 128,
+        "use_sliding_window": False,
+    }
+
+    assert parse_config(mistral).context == 128
+    assert parse_config(qwen).context == 1024
+
+
+def test_the_digest_tells_other_weights_and_other_tokenizers_apart(tmp_path: Path, model_dir: Path) -> None:
+    same = resume_digest(tiny_model(tmp_path / "same"))
+    other_weights = resume_digest(tiny_model(tmp_path / "weights", seed=1))
+    directory = tiny_model(tmp_path / "tokenizer")
+    text = (directory / "tokenizer.json").read_text()
+    (directory / "tokenizer.json").write_text(text + " ")
+
+    assert same == resume_digest(model_dir)
+    assert len({same, other_weights, resume_digest(directory)}) == 3
+
+
+def test_sampling_defaults_come_from_the_model(tmp_path: Path) -> None:
+    directory = tiny_model(tmp_path)
+    (directory / "generation_config.json").write_text('{"temperature": 0.2, "top_p": 0.9, "eos_token_id": [1, 2]}')
+
+    text = tiny_engine(directory).text
+
+    assert (text.defaults.temperature, text.defaults.top_p, text.defaults.top_k) == (0.2, 0.9, 0)
+    assert text.eos == {1, 2}
+
+
+def test_bfloat16_answers_too(model_dir: Path) -> None:
+    outcome = run(tiny_engine(model_dir, dtype="bfloat16"), [request("a", "hello")])["a"]
+
+    assert len(outcome.tokens) == 24
+
+
+def test_progress_is_said_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    times = iter([0.0, 0.5, 1.5, 1.5, 1.6])
+    progress = log_progress("tiny", clock=lambda: next(times))
+
+    with caplog.at_level("INFO"):
+        for fraction in (0.1, 0.5, 0.6):
+            progress(fraction)
+
+    assert [record.__dict__["percent"] for record in caplog.records] == [50]
+
+
+def test_threads_leave_a_core_to_the_rest() -> None:
+    assert [default_threads(cores) for cores in (1, 2, 4, 8, 16)] == [1, 1, 3, 7, 14]
+
+
+@pytest.mark.parametrize("change", [{"capacity": 0}, {"prefill_chunk": 0}, {"kv_tokens": 3}])
+def test_a_config_that_cannot_work_is_refused(change: dict[str, int], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must be at least"):
+        TorchEngineConfig(model_dir=tmp_path, **change)  # type: ignore[arg-type] # all three are integers

@@ -1,0 +1,178 @@
+"""The model's numbers, held to the slow and obvious form of the same equations."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gpu_worker.torch_engine import attention
+from gpu_worker.torch_engine.attention import KV_TILE, add_tiles, attend, reference_attend
+from gpu_worker.torch_engine.batch import build_batch, round_tiles
+from gpu_worker.torch_engine.config import BLOCK_TOKENS
+from gpu_worker.torch_engine.kv_blocks import BlockPool
+from gpu_worker.torch_engine.kv_cache import KVCache
+from gpu_worker.torch_engine.linear import LinearFactory, probe_row_multiple
+from gpu_worker.torch_engine.loader import load_weights
+from gpu_worker.torch_engine.model import Decoder
+from gpu_worker.torch_engine.model_config import ModelConfig, parse_config, rope_frequencies
+from gpu_worker.torch_engine.scheduler import Plan, Scheduler, Work
+from gpu_worker.torch_engine.sequence import SamplingChoice, Sequence
+from tests.torch_engine.reference import reference_logits
+from tests.torch_engine.tiny import CONFIG, tiny_model
+
+CPU = torch.device("cpu")
+FACTORY = LinearFactory(device=CPU, dtype=torch.float32)
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama, untied": {},
+    "llama, tied": {"tie_word_embeddings": True},
+    "one query head per kv head": {"num_key_value_heads": 6},
+    "llama 3 rope scaling": {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+    "linear rope scaling": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "mistral": {"architectures": ["MistralForCausalLM"]},
+    "qwen2, biased projections": {"architectures": ["Qwen2ForCausalLM"]},
+    "qwen3, query and key norms": {"architectures": ["Qwen3ForCausalLM"]},
+}
+
+
+def loaded(directory: Path, layers: range | None = None) -> tuple[ModelConfig, Decoder, KVCache]:
+    config = parse_config(json.loads((directory / "config.json").read_text()))
+    layers = layers or range(config.layers)
+    weights = load_weights(directory, config, layers, FACTORY, lambda fraction: None)
+    decoder = Decoder(config, weights, context=1024, device=CPU, dtype=torch.float32)
+    return config, decoder, KVCache(config, layers, 64, device=CPU, dtype=torch.float32)
+
+
+def sequence(tokens: list[int]) -> Sequence:
+    return Sequence("s", tokens, len(tokens), 0, 1024, SamplingChoice(0.0, 1.0, 0, 0))
+
+
+@torch.inference_mode()
+def chunked_logits(directory: Path, tokens: list[int], chunk: int) -> Tensor:
+    """Logits of every position, prefilled in chunks of this size (1: all as decode rows)."""
+    config, decoder, cache = loaded(directory)
+    scheduler = Scheduler(BlockPool(64, BLOCK_TOKENS), capacity=1, chunk_max=chunk)
+    scheduler.add(sequence(tokens))
+    rows: list[Tensor] = []
+    while sum(part.shape[0] for part in rows) < len(tokens):
+        plan = scheduler.plan()
+        batch = build_batch(plan, heads_per_kv_head=config.group, row_multiple=4, device=CPU)
+        rows.append(decoder.logits(decoder.forward(decoder.embed(batch.tokens), batch, cache)))
+        scheduler.computed(plan.work[0])
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_the_reference(family: str, tmp_path: Path) -> None:
+    directory = tiny_model(tmp_path, **FAMILIES[family])
+    tokens = [3 + (7 * n * n + n) % 250 for n in range(200)]
+
+    found = chunked_logits(directory, tokens, chunk=77)
+
+    expected = reference_logits(
+        json.loads((directory / "config.json").read_text()), load_file(directory / "model.safetensors"), tokens
+    )
+    assert (found.double() - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_logits_are_the_same_bits_whatever_the_chunks(model_dir: Path) -> None:
+    tokens = [3 + (5 * n * n + n) % 250 for n in range(300)]
+
+    whole = chunked_logits(model_dir, tokens, chunk=1000)
+
+    for chunk in (1, 33, 128, 250):
+        assert torch.equal(chunked_logits(model_dir, tokens, chunk), whole), f"chunks of {chunk}"
+
+
+def test_ranges_of_layers_give_the_same_bits_as_the_whole(model_dir: Path) -> None:
+    """What layer-sharded nodes rest on: hidden states in, hidden states out."""
+    tokens = [3 + (5 * n) % 250 for n in range(50)]
+    whole = chunked_logits(model_dir, tokens, chunk=1000)
+    parts = [loaded(model_dir, layers) for layers in (range(1), range(1, 2), range(2, 3))]
+    scheduler = Scheduler(BlockPool(64, BLOCK_TOKENS), capacity=1, chunk_max=1000)
+    scheduler.add(sequence(tokens))
+
+    with torch.inference_mode():
+        batch = build_batch(scheduler.plan(), heads_per_kv_head=parts[0][0].group, row_multiple=4, device=CPU)
+        hidden = parts[0][1].embed(batch.tokens)
+        for _, decoder, cache in parts:
+            hidden = decoder.forward(hidden, batch, cache)
+        found = parts[-1][1].logits(hidden)
+
+    assert torch.equal(found, whole)
+
+
+@pytest.mark.parametrize("lengths", [[1, 40, 128, 129], [300, 5, 700]])
+def test_decode_rows_of_different_lengths_attend_like_the_reference(lengths: list[int]) -> None:
+    config = parse_config(CONFIG | {"vocab_size": 10, "num_hidden_layers": 1})
+    cache = KVCache(config, range(1), 64, device=CPU, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    pool = BlockPool(64, BLOCK_TOKENS)
+    works, contents = [], []
+    for length in lengths:
+        one = sequence([1] * length)
+        one.blocks = pool.take(pool.blocks_for(length))
+        keys, values = torch.randn(2, length, config.kv_heads, config.head_dim, generator=generator)
+        slots = torch.tensor([one.blocks[p // BLOCK_TOKENS] * BLOCK_TOKENS + p % BLOCK_TOKENS for p in range(length)])
+        cache.write(0, slots, keys, values)
+        works.append(Work(one, length - 1, 1))
+        contents.append((length, keys, values))
+    batch = build_batch(Plan(tuple(works)), heads_per_kv_head=config.group, row_multiple=4, device=CPU)
+    query = torch.randn(len(lengths), config.heads, config.head_dim, generator=generator)
+
+    found = attend(query, cache, 0, batch.groups)
+
+    for row, work in enumerate(batch.work):
+        length, keys, values = contents[works.index(work)]
+        expected = reference_attend(query[row : row + 1], keys, values, torch.tensor([length - 1]))
+        torch.testing.assert_close(found[row : row + 1], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tiles_of_zeros_at_the_end_change_no_bit() -> None:
+    parts = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(1))
+    padded = torch.cat([parts, torch.zeros(2, 3, 11, 4)], dim=2)
+
+    assert torch.equal(add_tiles(parts), add_tiles(padded))
+
+
+def test_rounded_tiles_hold_the_length_and_waste_less_than_half() -> None:
+    for tiles in range(1, 300):
+        assert tiles <= round_tiles(tiles) <= tiles * 1.5
+
+
+def test_the_probe_finds_a_product_that_depends_on_its_batch() -> None:
+    """A product whose rows change with their number needs padding, or tiles of one fixed shape."""
+
+    def uneven(x: Tensor) -> Tensor:
+        return x * (1.0 if x.shape[0] % 4 == 0 else 1.0001)
+
+    def hopeless(x: Tensor) -> Tensor:
+        return x * (1.0 + x.shape[0])
+
+    assert probe_row_multiple(lambda x: x * 2.0, 8) == 1
+    assert probe_row_multiple(uneven, 8) == 4
+    assert probe_row_multiple(hopeless, 8) is None
+
+
+def test_attention_pads_rows_to_what_the_probe_finds() -> None:
+    assert attention.probe_row_multiple(16) in attention.MULTIPLES
+    assert KV_TILE % BLOCK_TOKENS == 0
+
+
+def test_llama3_scaling_leaves_fast_frequencies_and_stretches_slow_ones() -> None:
+    scaled = rope_frequencies(parse_config(CONFIG | {"vocab_size": 10} | FAMILIES["llama 3 rope scaling"]))
+    plain = rope_frequencies(parse_config(CONFIG | {"vocab_size": 10}))
+
+    assert scaled[0] == plain[0]
+    assert scaled[-1] == pytest.approx(plain[-1] / 8)
