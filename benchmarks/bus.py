@@ -255,7 +255,9 @@ def ask(client: subprocess.Popen[str], request: dict[str, float] | None) -> dict
 
 def describe_machine() -> str:
     python, day = platform.python_version(), time.strftime("%Y-%m-%d")
-    return f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, Python {python}, {day}"
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, Python {python}"
+    return f"{machine}, commit {commit.strip() or 'unknown'}, {day}"
 
 
 if __name__ == "__main__":
