@@ -84,9 +84,9 @@ class NodeCalls(CellBase):
                 *("XADD", keys.events, "MAXLEN", "~", 5000, "*", "type", "node_down", "subject", one, "why", "died"),
                 *("detail", holder),
             )
-            for member in members:
-                job_id, _, fence = member.partition("/")
-                answer = await self._requeue(JobId(job_id), Fence(fence), "down", f"{holder} died")
+            pairs = [member.partition("/")[::2] for member in members]
+            work = (self._requeue(JobId(job_id), Fence(fence), "down", f"{holder} died") for job_id, fence in pairs)
+            for answer in await asyncio.gather(*work):
                 if isinstance(answer, Requeued) or (isinstance(answer, Ended) and not answer.earlier):
                     ended.append(answer)
         return ended

@@ -1,12 +1,14 @@
 """The sweep: everything that time does. The script names what has fallen due; each thing then has its own script,
 which checks again, so a renewal or a finish that comes in between wins."""
 
+import asyncio
+
 from bus.cell_base import CellBase
 from bus.cell_follow import FollowCalls
 from bus.cell_nodes import NodeCalls
 from bus.ids import Fence, GatewayId, JobId, NodeId
 from bus.keys import DISPATCHER_GROUP, REGISTRY_GROUP, WORKERS_GROUP
-from bus.wire import Ended, Requeued, SweepReport
+from bus.wire import Ended, NotYours, Requeued, SweepReport
 
 CONSUMER_IDLE_MS = 60_000
 TIDY_NODES = 4  # node streams whose consumers one sweep looks at
@@ -31,18 +33,16 @@ class SweepCalls(FollowCalls, NodeCalls, CellBase):
         _, grace_until, expired, late, deadlines, gateways, old_nodes = answer
         requeued: list[Requeued] = []
         ended: list[Ended] = []
-        for raw in expired[1::2]:
-            job_id, _, fence = raw.decode().partition("/")
-            reply = await self._requeue(JobId(job_id), Fence(fence), "expired", "its reservation expired")
+        members = [raw.decode() for raw in expired]
+        reclaims = [self._reclaim(NodeId(node), one) for node, one in zip(members[::2], members[1::2], strict=True)]
+        for reply in await asyncio.gather(*reclaims):
             if isinstance(reply, Requeued):
                 requeued.append(reply)
             elif isinstance(reply, Ended) and not reply.earlier:
                 ended.append(reply)
-        released = 0
-        for raw in late:
-            released += await self._release(JobId(raw.decode()))
-        for raw in deadlines:
-            ended += await self._expire(JobId(raw.decode()))
+        released = sum(await asyncio.gather(*(self._release(JobId(raw.decode())) for raw in late)))
+        for late_ones in await asyncio.gather(*(self._expire(JobId(raw.decode())) for raw in deadlines)):
+            ended += late_ones
         for raw in gateways:
             ended += await self._leave_gateway(raw.decode())
         removed = [node for node in (NodeId(raw.decode()) for raw in old_nodes) if await self._forget(node)]
@@ -55,6 +55,14 @@ class SweepCalls(FollowCalls, NodeCalls, CellBase):
             released=released,
             removed_nodes=tuple(removed),
         )
+
+    async def _reclaim(self, node: NodeId, member: str) -> Requeued | Ended | NotYours:
+        job_id, fence = JobId(member.partition("/")[0]), Fence(member.partition("/")[2])
+        reply = await self._requeue(job_id, fence, "expired", "its reservation expired")
+        if not isinstance(reply, Requeued):
+            keys = [self.keys.node_running(node), self.keys.node_load(node), self.keys.job(job_id)]
+            await self._call("orphan", keys, [member, fence])
+        return reply
 
     async def _release(self, job_id: JobId) -> int:
         answer = await self._change("release", job_id, [])

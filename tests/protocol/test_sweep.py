@@ -70,6 +70,19 @@ async def test_a_reservation_renewed_in_time_is_left_alone(world: World):
     assert report.requeued == ()
 
 
+async def test_a_reservation_whose_job_is_gone_gives_its_slot_back(world: World):
+    await world.node()
+    one = await world.start()
+    await world.end_grace()
+    await world.link.send("DEL", world.cell.keys.job(one.job_id))
+    await world.age_reservations()
+
+    await world.sweep()
+
+    view = await world.cell.node(N1)
+    assert view is not None and (view.running, view.promised_new) == (0, 0)
+
+
 async def test_a_held_back_job_goes_back_when_it_is_due(world: World):
     await world.node()
     one = await world.start()
