@@ -167,11 +167,8 @@ async def test_an_engine_that_never_started_closes(model_dir: Path) -> None:
     await TorchEngine(engine_config(model_dir)).close()
 
 
-async def test_the_engine_waits_for_a_reader_that_stopped_taking(
-    model_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The outbox is bounded: an engine without a reader produces so much and no more, and goes on when it is read again."""
-    monkeypatch.setattr(bridge, "OUTBOX_TOKENS_MAX", 10)
+async def test_the_engine_waits_for_a_reader_that_stopped_taking(model_dir: Path) -> None:
+    """The outbox is bounded: without a reader the engine produces so much and no more, and goes on when read again."""
     wanted = [request("a", "hello", max_tokens=200)]
     engine = TorchEngine(engine_config(model_dir), outbox_tokens_max=10)
     await engine.start()
