@@ -78,14 +78,14 @@ async def test_a_client_that_does_not_read_is_cut_off_and_can_resume(fleet: tupl
     word, tokens = "w" * 4_000, 4_000  # 16 MB: more than all buffers between here and there hold
     async with streamed(first, f"[[tokens={tokens}]] {word}", headers={"X-On-Disconnect": "keep"}) as got:
         job_id = got.headers["X-Job-Id"]
-        await asyncio.sleep(1.0)
+
+        async def done() -> bool:
+            return bool((await second.call("GET", f"/v1/jobs/{job_id}"))[2]["status"] == "done")
+
+        await wait_until(done, timeout_s=20, step_s=0.1)
         with pytest.raises(aiohttp.ClientError):
             await got.content.read()
 
-    async def done() -> bool:
-        return bool((await second.call("GET", f"/v1/jobs/{job_id}"))[2]["status"] == "done")
-
-    await wait_until(done, timeout_s=20)
     near_end = (len(word) + 1) * (tokens - 3) - 1
     headers = {**second.headers, "Last-Event-ID": f"{job_id}.{near_end}"}
     async with second.http.get(f"{second.base}/v1/jobs/{job_id}/events", headers=headers) as resumed:
