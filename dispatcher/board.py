@@ -19,7 +19,7 @@ class Board:
     """Nodes by model with the time of their look, and how far each queue has been seen."""
 
     def __init__(self, fresh_ms: float = FRESH_MS) -> None:
-        self._fresh_ms = fresh_ms
+        self.fresh_ms = fresh_ms
         self._nodes: dict[ModelName, list[Node]] = {}
         self._looked_ms: dict[ModelName, float] = {}
         self._seen: dict[QueueName, tuple[int, int]] = {}  # the newest entry that a look has shown
@@ -47,7 +47,7 @@ class Board:
         """Nodes of each of the models, looked at within fresh_ms and with room; None if one of them needs a look."""
         found: dict[ModelName, list[Node]] = {}
         for model in models:
-            if clock_ms - self._looked_ms.get(model, -self._fresh_ms) >= self._fresh_ms:
+            if clock_ms - self._looked_ms.get(model, -self.fresh_ms) >= self.fresh_ms:
                 return None
             nodes = self._nodes[model]
             if not any(is_open(node, self.now_ms(clock_ms)) for node in nodes):

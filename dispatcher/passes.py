@@ -74,6 +74,12 @@ class Passes:
         queues = {queue_name(model, priority) for priority in PRIORITIES}
         return not queues.isdisjoint(self._left) or not queues.isdisjoint(self._woken)
 
+    def start_over(self) -> None:
+        """Another connection, perhaps another server: what was remembered may not be true of it."""
+        self._board = Board(self._board.fresh_ms)
+        self._stuck.clear()
+        self.look_again()
+
     def look_again(self) -> None:
         """Look at every queue as soon as the pass in hand is done."""
         self._everything = True

@@ -21,7 +21,7 @@ FAILURE_COST_MS = 2_000.0  # what one failure costs a job: the first back-off (1
 FAILURE_MAX = 0.95  # an EWMA of 1 would be an infinite penalty; such a node is the breaker's business
 TIE_FACTOR, TIE_MS = 1.02, 1.0  # costs this close are equal: rates are measured, and herds follow false precision
 Draw = Callable[[], float]  # uniform in [0, 1): `random.Random(seed).random`
-RATE_MIN = 0.1  # tokens/s; a node that has measured nothing yet
+PREFILL_RATE, DECODE_RATE = 1_000.0, 20.0  # tokens/s of a node that has measured nothing yet (0): a modest GPU
 
 
 class Node(msgspec.Struct):
@@ -32,8 +32,8 @@ class Node(msgspec.Struct):
     running: int = 0
     promised_prompt: int = 0  # tokens of the reservations on it that may still have to be prefilled
     promised_new: int = 0  # tokens of the reservations on it that may still have to be decoded
-    prefill_rate: float = 1_000.0  # tokens/s
-    decode_rate: float = 20.0  # tokens/s of the whole engine
+    prefill_rate: float = 0.0  # tokens/s; 0 = not measured
+    decode_rate: float = 0.0  # tokens/s of the whole engine; 0 = not measured
     failure: float = 0.0  # EWMA of its failures, 0..1; client errors never count
     broken: bool = False  # its breaker is not closed: nothing before breaker_until_ms, then one probe at a time
     breaker_until_ms: int = 0
@@ -45,8 +45,8 @@ class Node(msgspec.Struct):
     base_ms: float = 0.0  # the part of the cost that is the same for every job
 
     def __post_init__(self) -> None:
-        self.prompt_ms = 1_000.0 / max(self.prefill_rate, RATE_MIN)
-        self.new_ms = 1_000.0 / max(self.decode_rate, RATE_MIN)
+        self.prompt_ms = 1_000.0 / (self.prefill_rate if self.prefill_rate > 0 else PREFILL_RATE)
+        self.new_ms = 1_000.0 / (self.decode_rate if self.decode_rate > 0 else DECODE_RATE)
         self.base_ms = backlog_ms(self) + penalty_ms(self)
 
 

@@ -2,7 +2,7 @@
 
     wake  --read--> Wakes --which queues--> Passes: look, plan (pure), assign
     jobs  --group--> FrontDoor: admit | reject
-    leases <--renew-- Membership: who else lives, so that queues are shared
+    leases <--renew-- Share: who else lives, so that each queue has one owner
     sweep <--each sweep_ms, one dispatcher at a time (the script's lock)
 
 One set of these per cell. None of them holds anything that another dispatcher could not do over: a killed one is

@@ -39,7 +39,7 @@ class Wakes:
         if self._reader.generation != self._generation or not self._last_id:
             self._generation = self._reader.generation
             self._last_id = await self._start_id()
-            self._passes.look_again()
+            self._passes.start_over()
         batch = await self._reader.xread({self._key: self._last_id}, count=COUNT, block_ms=self._cell.settings.block_ms)
         if not batch:
             self._passes.look_again()

@@ -72,11 +72,9 @@ class Registry:
     def __init__(self, cell: Cell, reader: Reader, consumer: str) -> None:
         self._cell = cell
         self._settings = cell.settings
-        self._reader = reader
         self._group = GroupReader(
             cell.link, reader, cell.keys.nodes, REGISTRY_GROUP, consumer, claim_idle_ms=cell.settings.claim_idle_ms
         )
-
         self._said: dict[NodeId, int] = {}  # silent nodes, with the beat after which that was said
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -112,7 +110,8 @@ class Registry:
         try:
             outcomes = list(await self._cell.apply_events(chosen))
         except ServerError:
-            outcomes = [await self._apply_alone(entry_id, event, dict(entries)[entry_id]) for entry_id, event in chosen]
+            raw = dict(entries)
+            outcomes = [await self._apply_alone(entry_id, event, raw[entry_id]) for entry_id, event in chosen]
         applied = set(order)
         await self._group.done([entry_id for entry_id, _ in entries if entry_id not in applied])
         for (entry_id, event), outcome in zip(chosen, outcomes, strict=True):

@@ -175,7 +175,7 @@ async def test_a_queue_whose_owner_does_nothing_is_served_by_another(cell: Cell,
         begun = time.monotonic()
         await wait_until(node.running)
 
-    assert 0.15 < time.monotonic() - begun < 2.0
+    assert time.monotonic() - begun < 3.0
     assert rendezvous(MODEL, [*ghosts, "me"])[0] != "me"
 
 

@@ -154,10 +154,16 @@ def test_the_score_keeps_its_terms() -> None:
     assert (terms.running, terms.candidates) == (3, 2)
 
 
-def test_a_node_without_measured_rates_is_ranked_last_and_does_not_divide_by_zero() -> None:
-    unknown = node("a", prefill_rate=0.0, decode_rate=0.0, promised_new=10)
+def test_a_node_that_has_measured_nothing_gets_its_chance_as_a_modest_gpu() -> None:
+    """Ranked by a rate of nought it would never run a job, and so never measure one."""
+    unmeasured = node("new", prefill_rate=0.0, decode_rate=0.0)
+    idle = node("idle", decode_rate=500.0)
+    busy = node("busy", promised_new=200)
 
-    assert order(job(est_prompt=5), [unknown, node("b")]) == ["b", "a"]
+    assert set(order(job(), [unmeasured, idle])[:2]) == {"new", "idle"}
+    assert order(job(), [busy, unmeasured])[0] == "new"
+    loaded = node("new", prefill_rate=0.0, decode_rate=0.0, running=1, promised_new=100)
+    assert order(job(), [loaded, busy])[0] == "busy"
 
 
 nodes_drawn = st.lists(
