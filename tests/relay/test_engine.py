@@ -220,7 +220,7 @@ async def test_whatever_a_node_does_the_job_goes_back_as_the_nodes_fault_within_
 
 
 async def test_what_was_said_before_the_trouble_is_published(bench: Bench, node: FakeNode) -> None:
-    node.turn(break_at=5, delay_ms=2)
+    node.turn(end_at=5, delay_ms=2)
 
     assert (await bench.run()).text == expected(5)
 
@@ -230,10 +230,10 @@ async def test_text_that_nobody_reads_yet_is_kept_if_another_node_could_only_say
     bench: Bench, node: FakeNode, continues: bool
 ) -> None:
     """So a whole answer never ends as `interrupted` because its first node was lost."""
-    node.turn(break_at=5, delay_ms=2, owned_by="vllm" if continues else "fake")
+    node.turn(end_at=5, delay_ms=2, owned_by="vllm" if continues else "fake")
 
     assert (await bench.run(stream=False)).text == (expected(5) if continues else b"")
-    node.turn(break_at=None)
+    node.turn(end_at=None)
     assert (await bench.run(stream=False)).text == expected()
 
 
