@@ -32,7 +32,8 @@ class FollowCalls(CellBase):
         return await self._cancel(job_id, by, only_gateway or "", lapsed=False)
 
     async def attach(self, job_id: JobId, gateway: GatewayId, out: str) -> Attached | JobRecord | Unknown:
-        """Take the stream over: further entries go to `out`, the old out-stream gets `detached`.
+        """Take the stream over: further entries go to `out`, the old out-stream gets `detached`. From here on the job
+        streams, also if its first caller wanted the whole.
 
         A job that has ended answers its record; its text is read with `text(job_id, record.fence, ...)`.
         """

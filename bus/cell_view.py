@@ -7,11 +7,11 @@ from bus.wire import NodeView
 
 SHORT_FIELDS = (
     *("owner", "state", "kind", "models", "capacity", "prefill_rate", "decode_rate", "failure", "breaker_n"),
-    *("breaker_until", "alone", "alone_until", "beat_ms", "resume"),
+    *("breaker_until", "alone", "alone_until", "beat_ms", "resume", "breaker_probe"),
 )
 FULL_FIELDS = (
     *("epoch", "layers", "layer_count", "whole", "context_length", "ok", "failed", "client_errors", "api_url", "api"),
-    *("key_id", "gpu_memory_gb", "version", "waiting", "free_blocks", "total_blocks", "breaker_probe"),
+    *("key_id", "gpu_memory_gb", "version", "waiting", "free_blocks", "total_blocks"),
 )
 _NAMES = SHORT_FIELDS + FULL_FIELDS
 

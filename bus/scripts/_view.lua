@@ -1,8 +1,8 @@
 -- One node as the dispatcher and the status see it. The short list comes first in the full one.
 local SHORT = {'owner', 'state', 'kind', 'models', 'capacity', 'prefill_rate', 'decode_rate', 'failure', 'breaker_n',
-  'breaker_until', 'alone', 'alone_until', 'beat_ms', 'resume'}
+  'breaker_until', 'alone', 'alone_until', 'beat_ms', 'resume', 'breaker_probe'}
 local FULL = {'epoch', 'layers', 'layer_count', 'whole', 'context_length', 'ok', 'failed', 'client_errors', 'api_url',
-  'api', 'key_id', 'gpu_memory_gb', 'version', 'waiting', 'free_blocks', 'total_blocks', 'breaker_probe'}
+  'api', 'key_id', 'gpu_memory_gb', 'version', 'waiting', 'free_blocks', 'total_blocks'}
 local EVERYTHING = {}
 for _, name in ipairs(SHORT) do
   EVERYTHING[#EVERYTHING + 1] = name

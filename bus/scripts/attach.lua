@@ -13,7 +13,7 @@ elseif h[1] ~= 'queued' and h[1] ~= 'running' then
 elseif h[2] ~= fence or h[3] ~= old_route then
   return {'moved'}
 end
-local _, _, _, _, _, deadline = string.match(h[4], SPEC)
+local model, flags, _, _, _, deadline = string.match(h[4], SPEC)
 local text_len = call('STRLEN', text_key)
 if old_set ~= job_key and old_set ~= set_key then
   call('SREM', old_set, job_id)
@@ -23,6 +23,10 @@ if old_route ~= new_route then
   if old_out ~= out_key then
     try('XADD', old_out, 'NOMKSTREAM', '*', 'type', 'detached', 'job', job_id, 'by', gateway)
   end
+end
+-- Whoever attaches wants frames, also of a job whose first caller wanted the whole.
+if not find(flags, 's', 1, true) then
+  call('HSET', job_key, 'spec', model .. ' s' .. (flags == '-' and '' or flags) .. sub(h[4], #model + #flags + 2))
 end
 call('SADD', set_key, job_id)
 keep(set_key, math.max(60000, deadline - now + job_keep))

@@ -1,5 +1,7 @@
 """cancel and attach: who may end a job, who follows it, and what the others hear."""
 
+import msgspec
+
 from bus.entries import Detached, parse_control
 from bus.ids import GatewayId, JobId, NodeId
 from bus.wire import Attached, Cancelling, Ended, Finished, JobRecord, NotYours, Unknown, WrongGateway
@@ -95,6 +97,22 @@ async def test_attach_takes_the_stream_over_and_tells_the_old_gateway(world: Wor
     assert (marker.fence, marker.text_len) == (one.fence, 3)
     sets = [await world.link.send("SMEMBERS", world.cell.keys.gateway_jobs(g)) for g in (GATEWAY, G2)]
     assert [len(one) for one in sets] == [0, 1]
+
+
+async def test_a_job_whose_first_caller_wanted_the_whole_streams_to_the_one_who_attaches(world: World):
+    await world.node()
+    one = await world.start(tenant="t", idem_key="i", body_digest="d")
+    before = await world.cell.job(one.job_id)
+    reply = await world.cell.attach(one.job_id, G2, "gateway:g2")
+    after = await world.cell.job(one.job_id)
+    assert isinstance(reply, Attached) and before is not None and after is not None
+
+    await world.finish(msgspec.structs.replace(one, route=after.route), 0, b"text")
+
+    assert (before.stream, after.stream) == (False, True)
+    assert (after.model, after.seed, after.deadline_ms) == (before.model, before.seed, before.deadline_ms)
+    assert [frame.text for frame in await world.frames("gateway:g2")] == [b"text"]
+    assert len(await world.ends(out="gateway:g2")) == 1
 
 
 async def test_attach_keeps_whom_the_job_is_accounted_to(world: World):

@@ -50,7 +50,8 @@ def written_keys(words: list[str]) -> list[str]:
 async def undeclared_writes(reader: asyncio.StreamReader, until: str) -> tuple[list[str], int]:
     """Commands of scripts that wrote a key not among the KEYS of their call; and how many writes were seen."""
     declared: set[str] = set()
-    bad, writes = [], 0
+    bad: list[str] = []
+    writes = 0
     while True:
         line = (await asyncio.wait_for(reader.readline(), 10)).decode("utf-8", "replace")
         words = words_of(line)

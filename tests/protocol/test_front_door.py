@@ -76,8 +76,8 @@ async def test_an_entry_that_is_no_job_is_rejected_once_with_the_reason(world: W
     entry, submission = await knock(world)
     args = (entry, "bad_request", "field messages is missing", "reply:p1", submission.job_id, {"job": b"\xff{"})
 
-    first = await world.cell.reject(*args)  # type: ignore[arg-type]
-    again = await world.cell.reject(*args)  # type: ignore[arg-type]
+    first = await world.cell.reject(*args)
+    again = await world.cell.reject(*args)
 
     assert (first, again) == (True, False)
     out = await world.out("reply:p1")

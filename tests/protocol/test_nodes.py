@@ -25,7 +25,8 @@ async def test_a_new_owner_is_not_alive_before_its_first_beat(world: World):
 
     owned = await world.cell.own(N1, "n1")
     before = await world.cell.node(N1)
-    world.holders[N1] = owned.holder  # type: ignore[union-attr]
+    assert isinstance(owned, Owned)
+    world.holders[N1] = owned.holder
     await world.beat("n1")
     after = await world.cell.node(N1)
 

@@ -273,7 +273,7 @@ def machine_on(server: ValkeyServer, cell: int) -> type[CellMachine]:
     return type("Machine", (CellMachine,), {"server": server, "cell_index": cell})
 
 
-COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
+COMMON: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
 
 
 @pytest.mark.parametrize("cell", [0, 2], ids=["P=1", "P=3"])
