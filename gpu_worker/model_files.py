@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -118,30 +119,54 @@ def fetch(
 
 def pip_download(requirement: str, directory: Path) -> Path:
     """The wheel of a requirement, without its dependencies, through pip and whatever index it is set up for."""
+    scratch = directory / "scratch"  # where pip downloads to; its size is the progress
+    scratch.mkdir()
     command = [
+        "env",
+        f"TMPDIR={scratch}",
         sys.executable,
         "-m",
         "pip",
         "download",
+        "-q",
         "--no-deps",
         "--only-binary=:all:",
-        "--disable-pip-version-check",
+        "--no-input",
     ]
-    command += ["--dest", str(directory), requirement]
-    try:
-        subprocess.run(command, check=True, timeout=DOWNLOAD_LIMIT_S, stdout=sys.stderr)  # pip draws the progress bar
-    except subprocess.CalledProcessError as error:
-        raise EngineStartError(
-            f"{requirement} could not be downloaded (pip says why above); check the network and try again"
-        ) from error
-    except subprocess.TimeoutExpired as error:
-        raise EngineStartError(
-            f"the download of {requirement} took more than {DOWNLOAD_LIMIT_S} s; try again"
-        ) from error
+    command += ["--disable-pip-version-check", "--dest", str(directory), requirement]
+    with (directory / "said").open("w+b") as said:
+        with subprocess.Popen(command, stdout=said, stderr=said) as pip:
+            _watch_download(pip, requirement, scratch)
+        said.seek(0)
+        words = said.read().decode(errors="replace")
+    if pip.returncode != 0:
+        why = [line for line in words.splitlines() if "ERROR" in line] or words.splitlines() or ["pip said nothing"]
+        raise EngineStartError(f"{requirement} could not be downloaded ({why[-1]}): check the network, then try again")
     wheels = list(directory.glob("*.whl"))
     if len(wheels) != 1:
         raise EngineStartError(f"pip downloaded no wheel for {requirement}")
     return wheels[0]
+
+
+def _watch_download(pip: "subprocess.Popen[bytes]", requirement: str, scratch: Path) -> None:
+    """Wait for pip, which is quiet; on a terminal with a line that grows. Raises EngineStartError in the end."""
+    deadline = time.monotonic() + DOWNLOAD_LIMIT_S
+    print(f"downloading {requirement} ...", file=sys.stderr, flush=True)
+    while True:
+        try:
+            pip.wait(timeout=0.3)
+        except subprocess.TimeoutExpired:
+            if time.monotonic() > deadline:
+                pip.kill()
+                message = f"the download of {requirement} took more than {DOWNLOAD_LIMIT_S} s; try again"
+                raise EngineStartError(message) from None
+            if sys.stderr.isatty():
+                size = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
+                print(f"\r  {size / 1e6:.0f} MB", end="", file=sys.stderr, flush=True)
+            continue
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr)
+        return
 
 
 def _extract(model: PublishedModel, target: Path, download: Download, progress: Progress) -> None:

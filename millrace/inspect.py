@@ -99,7 +99,7 @@ def queue_row(queue: QueueView) -> list[str]:
 
 def job_lines(record: JobRecord) -> str:
     """One field a line; fields that say nothing yet are left out."""
-    fields: dict[str, Any] = msgspec.to_builtins(record)
+    fields: dict[str, Any] = {**msgspec.to_builtins(record), "score": record.score.decode("utf-8", "replace")}
     shown = {name: value for name, value in fields.items() if value not in ("", 0, False, [], (), None)}
     width = max(len(name) for name in shown)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in shown.items())
