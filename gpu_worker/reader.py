@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Protocol
 
 from bus.cell import Cell
@@ -60,10 +60,16 @@ class NodeReader:
         self._control = Reader(address, name=f"{name} control", cell_key=cell_key)
         self._served: dict[NodeId, _Served] = {}
         self._by_key: dict[str, _Served] = {}
-        self._changed = asyncio.Event()
+        self._changed = {name: asyncio.Event() for name in ("jobs", "control")}
         self._jobs_generation = 0
         self._control_run_id = ""
         self._heard_s = time.monotonic()
+
+    async def make_group(self, node: NodeId) -> None:
+        """Make the node's stream and group, so that its first read need not find out that they are missing."""
+        key = self._cell.keys.node_jobs(node)
+        with contextlib.suppress(LinkError):  # BUSYGROUP: it exists; anything else, the read deals with
+            await self._cell.link.send("XGROUP", "CREATE", key, WORKERS_GROUP, "0", "MKSTREAM")
 
     def add(self, node: NodeId, inbox: NodeInbox, *, since_ms: int) -> None:
         """Read a node from now on. Control entries older than since_ms (server time) were for an earlier owner."""
@@ -109,10 +115,7 @@ class NodeReader:
                 await asyncio.sleep(PAUSE_S)
 
     async def _read_jobs(self) -> None:
-        if self._jobs.generation != self._jobs_generation:
-            self._jobs_generation = self._jobs.generation
-            for served in self._served.values():
-                served.pending = "0"
+        self._look_for_lost_replies(answered=())
         pending = {
             self._cell.keys.node_jobs(node): served.pending
             for node, served in self._served.items()
@@ -121,17 +124,27 @@ class NodeReader:
         if pending:
             await self._read_pending(pending)
             return
-        self._changed.clear()
+        self._changed["jobs"].clear()
         ready, room = self._ready()
         if not ready:
-            await self._wait_for_change()
+            await self._wait_for_change("jobs")
+            self._heard_s = time.monotonic()  # nothing was asked
             return
         await self._deliver(await self._group_read(dict.fromkeys(ready, ">"), room, self._block_ms))
+
+    def _look_for_lost_replies(self, answered: Collection[str]) -> None:
+        """After a (re)connect all nodes read their own pending entries, but for those that just did."""
+        if self._jobs.generation != self._jobs_generation:
+            self._jobs_generation = self._jobs.generation
+            for node, served in self._served.items():
+                if self._cell.keys.node_jobs(node) not in answered:
+                    served.pending = "0"
 
     async def _read_pending(self, streams: dict[str, str]) -> None:
         batch = await self._group_read(streams, READ_MAX, 1)
         if not self._jobs.connected:
             return  # no answer: the next read asks again
+        self._look_for_lost_replies(answered=streams)
         found = dict(batch)
         for key in streams:
             served = self._by_key.get(key)
@@ -169,9 +182,10 @@ class NodeReader:
                 await served.inbox.take_jobs(present)
 
     async def _read_control(self) -> None:
+        self._changed["control"].clear()
         streams = {self._cell.keys.node_control(node): served.control_id for node, served in self._served.items()}
         if not streams:
-            await asyncio.sleep(self._block_ms / 1000)
+            await self._wait_for_change("control")
             return
         batch = await self._control.xread(streams, count=READ_MAX, block_ms=self._block_ms)
         if self._control.run_id != self._control_run_id:
@@ -185,15 +199,15 @@ class NodeReader:
                 served.control_id = entries[-1][0]
                 await served.inbox.take_control(entries)
 
-    async def _wait_for_change(self) -> None:
+    async def _wait_for_change(self, which: str) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._block_ms / 1000):
-                await self._changed.wait()
-        self._heard_s = time.monotonic()  # nothing was asked
+                await self._changed[which].wait()
 
     def _interrupt(self) -> None:
         """End blocked reads, so that the next ones name the right streams."""
-        self._changed.set()
+        for changed in self._changed.values():
+            changed.set()
         for reader in (self._jobs, self._control):
             if reader.connected and reader.info is not None and self._cell.link.connected:
                 future = self._cell.link.send("CLIENT", "UNBLOCK", reader.info.client_id)

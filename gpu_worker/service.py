@@ -106,14 +106,15 @@ class NodeService:
         engine ended by itself.
         """
         self._lease.add(self._tenure)
-        self._reader.add(self._node, self, since_ms=self._since_ms)
         try:
+            await self._reader.make_group(self._node)
             async with asyncio.TaskGroup() as group:
                 self._group = group
                 tasks = [
                     group.create_task(self._listen_to_engine(), name=f"engine of {self._node}"),
                     group.create_task(self._tick_forever(), name=f"ticks of {self._node}"),
                 ]
+                self._reader.add(self._node, self, since_ms=self._since_ms)
                 await self._wait_for_stop(stop)
                 await self._drain()
                 if farewell is not None:
