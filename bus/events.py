@@ -129,7 +129,7 @@ def parse_event(fields: Mapping[str, bytes]) -> NodeEvent:
 
 def _check_capabilities(event: NodeBeat | NodeRegistered) -> None:
     if not event.models or len(event.models) > 64 or not all(is_model_name(model) for model in event.models):
-        raise ForeignEntry("models must be 1..64 names of [A-Za-z0-9_./@+-]{1,128}")
+        raise ForeignEntry("models must be 1..64 names of [A-Za-z0-9_./@+:-]{1,128}")
     if not 1 <= event.capacity <= 65536:
         raise ForeignEntry("capacity must be 1..65536")
     layers = event.layers or ()

@@ -17,7 +17,7 @@ ModelName = NewType("ModelName", str)
 
 NODE_ID_PATTERN = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 OWN_ID_PATTERN = re.compile(r"[A-Za-z0-9_.-]{1,96}")
-MODEL_PATTERN = re.compile(r"[A-Za-z0-9_./@+-]{1,128}")
+MODEL_PATTERN = re.compile(r"(?!.*:parts$)[A-Za-z0-9_./@+:-]{1,128}")  # a key ends in <model>:parts
 JOB_ID_PATTERN = re.compile(r"c(\d{1,4})-[A-Za-z0-9_.-]{1,96}")
 
 
