@@ -17,6 +17,7 @@ import pytest
 
 from bus.api_keys import ApiKeys
 from bus.link import ServerAddress, client
+from tests.harness.servers import ValkeyServer
 from tests.operator.fleet import GATEWAYS, IDLE, UpProcess, free_port, is_alive, wait_for
 
 Start = Callable[..., UpProcess]
@@ -194,6 +195,17 @@ def test_what_cannot_work_is_one_line(start: Start, settings: dict[str, str], sa
     assert fleet.wait_until_ended() == 1
     assert said in fleet.output
     assert "Traceback" not in fleet.output
+    assert fleet.output.count("\n") <= 2
+
+
+def test_a_server_that_would_evict_jobs_is_refused(start: Start) -> None:
+    """maxmemory-policy must be noeviction: an evicted job is a lost job."""
+    with ValkeyServer(options={"maxmemory-policy": "allkeys-lru"}) as server:
+        fleet = start(*GATEWAYS, REDIS_URL=server.url)
+
+        assert fleet.wait_until_ended() == 1
+    assert "maxmemory-policy allkeys-lru" in fleet.output
+    assert "set it to noeviction" in fleet.output
     assert fleet.output.count("\n") <= 2
 
 
