@@ -27,7 +27,7 @@ from bus.link import LinkError, ServerAddress, client
 from bus.settings import Settings
 from millrace import ChatError, Client
 from tests.conftest import wait_until
-from tests.harness.fleet import QUICK, Fleet, RoleProcess
+from tests.harness.fleet import QUICK, Fleet, children_of
 from tests.harness.servers import ValkeyServer
 
 MODEL = "echo"
@@ -99,14 +99,16 @@ class Soak:
             self.faults[fault.__name__] += 1
             await asyncio.to_thread(fault)
 
-    def any_role(self) -> RoleProcess:
-        return self.chance.choice(self.fleet.roles)
+    def any_child(self) -> int:
+        """A child that runs now; parents of others wait before they start the next one."""
+        return self.chance.choice([pid for role in self.fleet.roles for pid in children_of(role.process.pid)])
 
     def kill_role(self) -> None:
-        self.any_role().kill_child()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.any_child(), signal.SIGKILL)
 
     def freeze_role(self) -> None:
-        pid = self.any_role().child_pid()
+        pid = self.any_child()
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGSTOP)
             time.sleep(self.chance.uniform(*FREEZE_S))

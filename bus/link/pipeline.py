@@ -155,6 +155,7 @@ class Pipeline:
             return
         if isinstance(reply, LinkError):
             command.future.set_exception(reply)
+            command.future.exception()  # asyncio need not warn: of several calls a caller may hear only the first fail
         else:
             command.future.set_result(reply)
 

@@ -201,7 +201,7 @@ async def test_a_node_without_a_health_route_is_asked_for_its_models(settings: S
     ):
         status, _, body = await one.call("POST", "/api/gpu/register", registration(str(node.make_url("/v1/"))))
 
-    assert (status, body["models"]) == (200, ["tiny"])
+    assert (status, body["models"]) == (200, ["llama3:8b", "tiny"])
 
 
 async def test_a_node_that_does_not_answer_is_refused_in_time(settings: Settings, node: FakeNode) -> None:
