@@ -48,17 +48,12 @@ def _keep(settings: Settings, arguments: list[str]) -> Settings:
     return settings
 
 
-def _drain_grace(settings: Settings) -> int:
-    return settings.drain_grace_ms
-
-
 @dataclasses.dataclass(frozen=True)
 class Role:
     """What `python -m <module>` is: the child's work, its own flags, and the name it must hold on this machine.
 
     child: "module:function" with the signature of `bus.child.ChildMain`, imported in the child only.
     configure: applies the role's command line flags to the settings (argparse: exits 2 by itself).
-    stop_ms: how long a graceful stop may take before the child is killed.
     names: candidates for a name that only one process here may have; the first free one becomes `node_id`.
     """
 
@@ -66,7 +61,6 @@ class Role:
     child: str
     configure: Callable[[Settings, list[str]], Settings] = _keep
     names: Callable[[Settings], Iterable[str]] | None = None
-    stop_ms: Callable[[Settings], int] = _drain_grace
 
 
 def run_role(role: Role, arguments: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -239,7 +233,7 @@ class Parent:
         with contextlib.suppress(ProcessLookupError):
             child.send_signal(signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._role.stop_ms(self._settings) / 1000 + KILL_MARGIN_S):
+                async with asyncio.timeout(self._settings.drain_grace_ms / 1000 + KILL_MARGIN_S):
                     await self._kill.wait()
             child.kill()
 
