@@ -7,12 +7,14 @@ import argparse
 import asyncio
 import os
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from bus.exits import StartError
 from bus.link import LinkError
 from bus.log import set_up_logging
-from bus.settings import Settings, SettingsError, read_settings
+from bus.settings import EngineKind, Settings, SettingsError, read_settings
 from millrace.inspect import run_jobs, run_nodes
 from millrace.keys import run_keys
 from millrace.preflight import CannotStart, merged_environ
@@ -30,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Command = options.run
     try:
         return command(options, merged_environ(os.environ, Path.cwd()))
-    except (CannotStart, SettingsError, LinkError) as error:
+    except (CannotStart, StartError, SettingsError, LinkError) as error:
         print(f"millrace: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -51,7 +53,8 @@ def _stop(options: argparse.Namespace, environ: dict[str, str]) -> int:
 
 
 def _worker(options: argparse.Namespace, environ: dict[str, str]) -> int:
-    return run_worker(read_settings(environ), environ, options.arguments)
+    chosen = {name: value for name, value in (("engine", options.engine), ("node_id", options.node_id)) if value}
+    return run_worker(read_settings(environ).changed(**chosen), environ)
 
 
 def _keys(options: argparse.Namespace, environ: dict[str, str]) -> int:
@@ -84,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     stop.set_defaults(run=_stop)
 
     worker = commands.add_parser("worker", help="add one more worker to the running fleet, or to REDIS_URL")
-    worker.add_argument("arguments", nargs=argparse.REMAINDER, help="for gpu_worker, e.g. --engine echo")
+    worker.add_argument("--engine", choices=typing.get_args(EngineKind), help="default: MILLRACE_ENGINE")
+    worker.add_argument("--node-id", help="default: host name, engine and a free number")
     worker.set_defaults(run=_worker)
 
     keys = commands.add_parser("keys", help="create, list and revoke API keys")

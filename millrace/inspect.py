@@ -10,9 +10,9 @@ import msgspec
 from bus.cell import Cell
 from bus.ids import JobId, parse_cell
 from bus.keys import CellKeys
-from bus.link import Link
+from bus.layout import LayoutMismatch, read_layout
+from bus.link import Link, ServerAddress, check_server
 from bus.settings import Settings
-from bus.startup import prepare_server
 from bus.wire import JobRecord, NodeView, QueueView
 from millrace.preflight import CannotStart
 from millrace.table import to_table
@@ -20,11 +20,17 @@ from millrace.table import to_table
 
 @asynccontextmanager
 async def opened_cells(settings: Settings) -> AsyncIterator[list[Cell]]:
-    """All cells of the server. Raises StartError and LinkError."""
-    address = await prepare_server(settings)
+    """All cells of the server, as many as its layout says. Raises CannotStart and LinkError."""
+    address = ServerAddress.parse(settings.redis_url)
+    await check_server(address)
+    try:
+        layout = await read_layout(address)
+    except LayoutMismatch as error:
+        raise CannotStart(str(error)) from error
+    count = layout.cells if layout is not None else settings.cells
     links: list[Link] = []
     try:
-        for number in range(settings.cells):
+        for number in range(count):
             links.append(await Link.connect(address, name="millrace-cli", cell_key=CellKeys(number).jobs))
         yield [Cell(link, number, settings) for number, link in enumerate(links)]
     finally:

@@ -2,16 +2,20 @@
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from bus.settings import Settings
+from bus.settings import PREFIX, Settings
 from millrace.preflight import fetch_model
 
 
-def run_worker(settings: Settings, environ: Mapping[str, str], arguments: Sequence[str]) -> int:
-    """Replaces this process by the worker's parent, so that Ctrl-C and signals reach it directly. Does not return."""
-    if settings.engine == "torch" and not any(one.startswith("--engine") for one in arguments):
-        fetch_model(settings, environ, Path.cwd())
-    command = [sys.executable, "-m", "gpu_worker", *arguments]
-    os.execve(sys.executable, command, {**environ, "REDIS_URL": settings.redis_url})
+def run_worker(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Replaces this process by the worker's parent, so that Ctrl-C and signals reach it directly. Does not return.
+
+    Raises CannotStart if a torch worker's model cannot be fetched.
+    """
+    others = {name: value for name, value in environ.items() if not name.startswith(PREFIX)}
+    chosen = {**others, **settings.to_env()}
+    if settings.engine == "torch":
+        fetch_model(settings, chosen, Path.cwd())
+    os.execve(sys.executable, [sys.executable, "-m", "gpu_worker"], chosen)
