@@ -3,8 +3,8 @@
 
 BIN := .venv/bin
 # The first Python that is new enough, unless PYTHON=... names one.
-PYTHON ?= $(firstword $(foreach one,python3 python3.13 python3.12 python3.11 python3.14,\
-	$(shell $(one) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(one))))
+PYTHON ?= $(shell for one in python3 python3.13 python3.12 python3.11 python3.14; do \
+	$$one -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$one && break; done)
 INSTALL = @test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found: install one, or name it: make PYTHON=/path/to/python3 $@" >&2; exit 1; }; \
 	$(PYTHON) requirements/install.py
 
@@ -55,4 +55,4 @@ setup-dev:
 	$(INSTALL) dev
 
 model:
-	@$(BIN)/python -m gpu_worker.model_files fetch
+	@$(BIN)/python -m gpu_worker.model_files fetch >/dev/null
