@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 import uvloop
 
 from benchmarks.closed_loop import serve
-from bus.client import ChatError
+from bus.calls.client import ChatError
 from millrace import Client
 
 START_S = 30.0

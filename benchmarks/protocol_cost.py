@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from bus.cell import Cell
-from bus.entries import Assignment, parse_assignment
-from bus.events import NodeBeat
+from bus.codec.entries import Assignment, parse_assignment
+from bus.codec.events import NodeBeat
+from bus.codec.wire import Assigned, Finished, FinishPiece, Owned, Pick, Submission, new_nonce
 from bus.ids import GatewayId, JobId, ModelName, NodeId
 from bus.jobs import ChatJob, Message
 from bus.keys import REGISTRY_GROUP, WORKERS_GROUP, queue_name
 from bus.link import Link, ServerAddress
 from bus.settings import Settings
-from bus.wire import Assigned, Finished, FinishPiece, Owned, Pick, Submission, new_nonce
 from tests.harness.servers import ValkeyServer
 
 NODE = NodeId("n1")

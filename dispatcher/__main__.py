@@ -3,7 +3,7 @@
 import os
 import sys
 
-from bus.parent import Role, run_role
+from bus.process.parent import Role, run_role
 
 if __name__ == "__main__":
     sys.exit(run_role(Role("dispatcher", child="dispatcher.service:run"), sys.argv[1:], os.environ))

@@ -7,9 +7,9 @@ what happened since; `assign` checks, and a refusal leads to a look.
 
 from collections.abc import Iterable, Mapping
 
+from bus.codec.wire import CellView, QueuedJob
 from bus.ids import ModelName
 from bus.keys import QueueName, queue_model
-from bus.wire import CellView, QueuedJob
 from dispatcher.rank import Node, is_open
 
 FRESH_MS = 100  # older views are looked at again: loads that only grow here shrink there

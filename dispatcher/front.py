@@ -9,11 +9,11 @@ import logging
 from collections.abc import Sequence
 
 from bus.cell import Cell
-from bus.group import GroupReader
+from bus.codec.wire import Refused, Submission
 from bus.jobs import estimate_new_tokens, estimate_prompt_tokens
 from bus.keys import DISPATCHER_GROUP
 from bus.link import Entry, Fields, LinkError, Reader
-from bus.wire import Refused, Submission
+from bus.link.group import GroupReader
 from dispatcher.door import DoorJob, DoorRefusal, read_entry
 
 BATCH = 256

@@ -16,9 +16,9 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from bus.cell import Cell
+from bus.codec.wire import Assigned, CellView, NotAssigned, QueuedJob, QueueView
 from bus.ids import ModelName
 from bus.keys import PRIORITIES, QueueName, queue_model, queue_name
-from bus.wire import Assigned, CellView, NotAssigned, QueuedJob, QueueView
 from dispatcher.board import FRESH_MS, Board
 from dispatcher.plan import ASSIGN_MAX, Choice, plan
 from dispatcher.rank import Draw, Node, is_open

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
+from bus.codec.wire import QueuedJob, QueueView
 from bus.ids import ModelName
 from bus.keys import QueueName, queue_model, queue_priority
-from bus.wire import QueuedJob, QueueView
 from dispatcher.rank import Draw, Node, Score, is_open, promise, rank, rank_open
 
 ASSIGN_MAX = 64  # jobs of one assign call

@@ -14,8 +14,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 import msgspec
 
+from bus.codec.wire import QueuedJob
 from bus.ids import NodeId
-from bus.wire import QueuedJob
 
 FAILURE_COST_MS = 2_000.0  # what one failure costs a job: the first back-off (1 s) and about as long to notice it
 FAILURE_MAX = 0.95  # an EWMA of 1 would be an infinite penalty; such a node is the breaker's business

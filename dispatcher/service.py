@@ -16,14 +16,14 @@ import secrets
 from contextlib import AsyncExitStack
 
 from bus.cell import Cell
-from bus.child import ParentLine
+from bus.codec.wire import SweepReport
 from bus.ids import Holder
 from bus.keys import CellKeys
 from bus.link import Link, LinkError, Reader, ServerAddress
+from bus.process.child import ParentLine
+from bus.process.startup import prepare_server
+from bus.process.steady import keep_doing, pause, until_done
 from bus.settings import Settings
-from bus.startup import prepare_server
-from bus.steady import keep_doing, pause, until_done
-from bus.wire import SweepReport
 from dispatcher.front import FrontDoor
 from dispatcher.passes import Passes
 from dispatcher.sharing import HOLDER_PREFIX, Share

@@ -5,9 +5,9 @@ A wrong guess is harmless, because `assign` checks every pick; sharing only keep
 
 from collections.abc import Iterable
 
+from bus.codec.wire import QueueView
 from bus.ids import rendezvous
 from bus.keys import QueueName, queue_model
-from bus.wire import QueueView
 
 HOLDER_PREFIX = "dispatcher:"  # of a dispatcher's name among the leases
 

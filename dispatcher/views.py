@@ -4,8 +4,8 @@ from collections.abc import Collection
 
 import msgspec
 
+from bus.codec.wire import CellView, NodeView, Pick, new_nonce
 from bus.ids import JobId, ModelName, NodeId
-from bus.wire import CellView, NodeView, Pick, new_nonce
 from dispatcher.plan import Choice
 from dispatcher.rank import Node
 

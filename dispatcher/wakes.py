@@ -8,8 +8,8 @@ import asyncio
 import logging
 
 from bus.cell import Cell
-from bus.entries import parse_wake
-from bus.events import ForeignEntry
+from bus.codec.entries import parse_wake
+from bus.codec.events import ForeignEntry
 from bus.ids import is_model_name
 from bus.keys import PRIORITIES, QueueName, queue_model, queue_name
 from bus.link import Entry, Reader

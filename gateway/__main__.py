@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from bus.parent import Role, run_role
+from bus.process.parent import Role, run_role
 from bus.settings import Settings
 
 

@@ -17,9 +17,9 @@ from aiohttp import web
 
 from bus.address_guard import AddressPolicy, AddressRefused, parse_target
 from bus.cell import Cell
-from bus.events import HttpBeat, NodeBye, NodeRegistered
+from bus.codec.events import HttpBeat, NodeBye, NodeRegistered
+from bus.codec.wire import LockBusy, NodeView
 from bus.ids import ModelName, NodeId, cell_of_model
-from bus.wire import LockBusy, NodeView
 from gateway.auth import require
 from gateway.body import read_json, read_object
 from gateway.errors import ApiError

@@ -11,12 +11,12 @@ from typing import Final
 from aiohttp import web
 
 from bus.api_keys import KeyRecord
-from bus.caller import CallOptions, Refusal
+from bus.calls.caller import CallOptions, Refusal
+from bus.calls.following import Ended
+from bus.calls.handle import Finished, HandleEvent, JobHandle, TextDelta
 from bus.chat_request import BadRequest, ParsedRequest
-from bus.following import Ended
-from bus.job_handle import Finished, HandleEvent, JobHandle, TextDelta
+from bus.codec.wire import Policy
 from bus.jobs import ChatJob
-from bus.wire import Policy
 from gateway.bearer import parse_idempotency_key
 from gateway.errors import ApiError
 from gateway.jobs_wire import ended_error

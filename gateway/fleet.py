@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from bus.cell import Cell
-from bus.wire import NodeView
+from bus.codec.wire import NodeView
 from gateway.nodes_wire import newest_of_each
 
 READ_WAIT_S: Final = 3.0

@@ -6,8 +6,8 @@ from typing import Final
 import orjson
 from aiohttp import web
 
+from bus.codec.wire import NodeView
 from bus.link import LinkError
-from bus.wire import NodeView
 from gateway.auth import require
 from gateway.fleet import READ_WAIT_S, Fleet
 from gateway.metrics import CONTENT_TYPE, Metrics

@@ -6,10 +6,10 @@ from typing import Final
 from aiohttp import web
 
 from bus.api_keys import KeyRecord
-from bus.caller import UnknownJob
+from bus.calls.caller import UnknownJob
 from bus.cell import Cell
+from bus.codec.wire import Cancelling, Ended, JobRecord
 from bus.ids import JobId, parse_cell
-from bus.wire import Cancelling, Ended, JobRecord
 from gateway.auth import require
 from gateway.chats import Course, account
 from gateway.errors import ApiError

@@ -1,7 +1,7 @@
 """Jobs as JSON, and how their ends are told over HTTP. Pure."""
 
-from bus.following import Ended
-from bus.wire import JobRecord
+from bus.calls.following import Ended
+from bus.codec.wire import JobRecord
 from gateway.errors import ApiError, job_error
 from gateway.openai_wire import Usage
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
+from bus.codec.wire import NodeView
 from bus.fleet import FleetNode, count_nodes, layer_coverage, total_layers
-from bus.wire import NodeView
 
 STATUS_ACTIVE = "active"
 STATUS_INACTIVE = "inactive"

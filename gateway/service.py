@@ -16,12 +16,12 @@ from aiohttp import web
 
 from bus.address_guard import AddressPolicy, AllowError, guarded_session
 from bus.api_keys import READS_MAX, ApiKeys
-from bus.caller import Caller
-from bus.child import ParentLine
-from bus.exits import StartError
+from bus.calls.caller import Caller
 from bus.link import ServerAddress, client
+from bus.process.child import ParentLine
+from bus.process.exits import StartError
+from bus.process.startup import prepare_server
 from bus.settings import Settings
-from bus.startup import prepare_server
 from gateway.app import build_app
 from gateway.fleet import FleetReader
 from gateway.probe import NodeProbe

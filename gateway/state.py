@@ -11,7 +11,7 @@ from aiohttp import web
 
 from bus.address_guard import AddressPolicy
 from bus.api_keys import ApiKeys
-from bus.caller import Caller
+from bus.calls.caller import Caller
 from bus.settings import Settings
 from gateway.fleet import FleetReader
 from gateway.metrics import Metrics

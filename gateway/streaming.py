@@ -15,8 +15,8 @@ from typing import Final
 import orjson
 from aiohttp import web
 
-from bus.following import Ended
-from bus.job_handle import Detached, Finished, HandleEvent, JobHandle, TextDelta
+from bus.calls.following import Ended
+from bus.calls.handle import Detached, Finished, HandleEvent, JobHandle, TextDelta
 from gateway import sse
 from gateway.chats import Course
 from gateway.errors import ApiError, job_error, openai_error

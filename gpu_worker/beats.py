@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 
 from bus.cell import Cell
-from bus.events import NodeBeat
+from bus.codec.events import NodeBeat
+from bus.codec.wire import Owned
 from bus.ids import NodeId
 from bus.link import LinkError
-from bus.wire import Owned
 from gpu_worker.engine import EngineInfo, EngineLoad
 
 LOOK_S = 1.0  # how often the load is compared with what was told

@@ -81,6 +81,7 @@ def to_config(metadata: Mapping[str, Any], tensors: set[str]) -> dict[str, Any]:
     ]
     return {
         "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
         "hidden_size": value("embedding_length"),
         "intermediate_size": value("feed_forward_length"),
         "num_hidden_layers": value("block_count"),

@@ -24,12 +24,12 @@ from concurrent.futures import Future
 from functools import partial
 
 from bus.cell import Cell
-from bus.exits import EXIT_CRASH
+from bus.codec.wire import Renewed, Superseded
 from bus.ids import Fence, Holder, JobId, NodeId
 from bus.keys import CellKeys
 from bus.link import Link, LinkError, ServerAddress
+from bus.process.exits import EXIT_CRASH
 from bus.settings import Settings
-from bus.wire import Renewed, Superseded
 from gpu_worker.engine import EngineLoad
 
 RETRIES_PER_PERIOD = 4  # after a failed renewal

@@ -19,8 +19,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
+from bus.codec.wire import Finished, FinishReply, FlushReply, Gap, Moved, Route, Stop, Stored
 from bus.ids import Fence, JobId
-from bus.wire import Finished, FinishReply, FlushReply, Gap, Moved, Route, Stop, Stored
 from gpu_worker.engine import End, Piece, SequenceId
 
 UNANSWERED_MAX = 8
@@ -121,7 +121,7 @@ class Slice(msgspec.Struct, frozen=True):
 
     @property
     def tokens(self) -> bytes:
-        """Four bytes each, little endian (`bus.wire.pack_tokens`)."""
+        """Four bytes each, little endian (`bus.codec.wire.pack_tokens`)."""
         part = self.held.tokens[self.token_from : self.token_to]
         if sys.byteorder == "big":
             part.byteswap()

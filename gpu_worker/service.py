@@ -20,13 +20,9 @@ from typing import Any
 import msgspec
 
 from bus.cell import Cell
-from bus.entries import Assignment, parse_assignment, parse_control
-from bus.events import ForeignEntry
-from bus.ids import Fence, Holder, JobId, NodeId
-from bus.keys import WORKERS_GROUP
-from bus.link import Entry, LinkDown, LinkError
-from bus.settings import Settings
-from bus.wire import (
+from bus.codec.entries import Assignment, parse_assignment, parse_control
+from bus.codec.events import ForeignEntry
+from bus.codec.wire import (
     FinishReply,
     FlushReply,
     NotYours,
@@ -35,6 +31,10 @@ from bus.wire import (
     Superseded,
     attempt_of,
 )
+from bus.ids import Fence, Holder, JobId, NodeId
+from bus.keys import WORKERS_GROUP
+from bus.link import Entry, LinkDown, LinkError
+from bus.settings import Settings
 from gpu_worker.engine import End, Engine, GenerateRequest, Piece
 from gpu_worker.lease import LeaseThread, Tenure
 from gpu_worker.publisher import Call, EngineFault, Held, Publisher

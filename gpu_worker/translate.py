@@ -2,9 +2,9 @@
 
 import msgspec
 
-from bus.entries import Assignment
+from bus.codec.entries import Assignment
+from bus.codec.wire import FinishPiece, FlushPiece
 from bus.jobs import ChatJob, decode_job
-from bus.wire import FinishPiece, FlushPiece
 from gpu_worker.engine import End
 from gpu_worker.publisher import Held, Slice
 

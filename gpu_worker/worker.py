@@ -13,15 +13,15 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from bus.cell import Cell
-from bus.child import ParentLine, resolve
-from bus.events import NodeBye
-from bus.exits import StartError
+from bus.codec.events import NodeBye
+from bus.codec.wire import HeldBy, Owned
 from bus.ids import NodeId, cell_of_model, is_model_name, is_node_id
 from bus.keys import CellKeys
 from bus.link import Link, LinkError, ServerAddress
+from bus.process.child import ParentLine, resolve
+from bus.process.exits import StartError
+from bus.process.startup import prepare_server
 from bus.settings import Settings
-from bus.startup import prepare_server
-from bus.wire import HeldBy, Owned
 from gpu_worker.beats import Beater, make_beat
 from gpu_worker.echo_engine import EchoEngine
 from gpu_worker.echo_script import EchoKnobs
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 async def run(settings: Settings, parent: ParentLine) -> None:
-    """See bus.child.ChildMain."""
+    """See bus.process.child.ChildMain."""
     if not is_node_id(settings.node_id):
         raise StartError(f"MILLRACE_NODE_ID={settings.node_id!r} is no node id: 1 to 64 of A-Z a-z 0-9 _ . -")
     if settings.engine == "relay":

@@ -1,5 +1,5 @@
 """Millrace: chat serving on a fleet of GPU nodes over Redis Streams. `from millrace import Client` is for producers."""
 
-from bus.client import Answer, ChatError, Client, Piece
+from bus.calls.client import Answer, ChatError, Client, Piece
 
 __all__ = ["Answer", "ChatError", "Client", "Piece"]

@@ -11,9 +11,9 @@ import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bus.exits import StartError
 from bus.link import LinkError
 from bus.log import set_up_logging
+from bus.process.exits import StartError
 from bus.settings import EngineKind, Settings, SettingsError, read_settings
 from millrace.inspect import run_jobs, run_nodes
 from millrace.keys import run_keys

@@ -8,12 +8,12 @@ from typing import Any
 import msgspec
 
 from bus.cell import Cell
+from bus.codec.wire import JobRecord, NodeView, QueueView
 from bus.ids import JobId, parse_cell
 from bus.keys import CellKeys
 from bus.layout import LayoutMismatch, read_layout
 from bus.link import Link, ServerAddress, check_server
 from bus.settings import Settings
-from bus.wire import JobRecord, NodeView, QueueView
 from millrace.preflight import CannotStart
 from millrace.table import to_table
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from bus.exits import EXIT_CONFIG
+from bus.process.exits import EXIT_CONFIG
 from millrace.logs import LogFile, Terminal
 
 STABLE_S = 30.0  # a process that lived this long starts the pauses anew

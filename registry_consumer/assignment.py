@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from bus.cell import Cell
-from bus.events import NodeEvent, NodeRegistered
+from bus.codec.events import NodeEvent, NodeRegistered
 from bus.fleet import FleetNode, layer_coverage, layers_for_memory, least_covered_range, total_layers
 from bus.ids import NodeId
 

@@ -2,7 +2,7 @@
 
 from typing import assert_never
 
-from bus.events import HttpBeat, NodeBeat, NodeBye, NodeDrain, NodeEvent, NodeRegistered
+from bus.codec.events import HttpBeat, NodeBeat, NodeBye, NodeDrain, NodeEvent, NodeRegistered
 from registry_consumer.fold import Kind, News, parse_entry_id
 
 

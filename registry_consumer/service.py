@@ -21,16 +21,16 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
 from bus.cell import Cell
-from bus.child import ParentLine
-from bus.events import ForeignEntry, NodeEvent, NodeRegistered, parse_event
-from bus.group import GroupReader
+from bus.codec.events import ForeignEntry, NodeEvent, NodeRegistered, parse_event
+from bus.codec.wire import Applied
 from bus.ids import NodeId
 from bus.keys import REGISTRY_GROUP, CellKeys
 from bus.link import Entry, Fields, Link, LinkError, Reader, ServerAddress, ServerError
+from bus.link.group import GroupReader
+from bus.process.child import ParentLine
+from bus.process.startup import prepare_server
+from bus.process.steady import keep_doing, pause, until_done
 from bus.settings import Settings
-from bus.startup import prepare_server
-from bus.steady import keep_doing, pause, until_done
-from bus.wire import Applied
 from registry_consumer.assignment import assign_layers
 from registry_consumer.fold import to_apply
 from registry_consumer.news import kind_of, to_news

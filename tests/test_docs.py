@@ -97,7 +97,7 @@ def test_every_script_is_in_the_protocol_document(script: str) -> None:
 
 
 def test_every_node_event_is_in_the_protocol_document() -> None:
-    tags = set(re.findall(r'tag="(\w+)"', read(ROOT / "bus" / "events.py")))
+    tags = set(re.findall(r'tag="(\w+)"', read(ROOT / "bus" / "codec" / "events.py")))
 
     assert {tag for tag in tags if f"`{tag}`" not in read(DOCS / "protocol.md")} == set()
 

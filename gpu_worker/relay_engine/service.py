@@ -16,14 +16,14 @@ import aiohttp
 
 from bus.address_guard import AddressPolicy, AllowError, guarded_session
 from bus.cell import Cell
-from bus.child import ParentLine
-from bus.exits import StartError, leaves
+from bus.codec.wire import Owned, Superseded
 from bus.ids import Holder, NodeId
 from bus.link import LinkError, Reader, ServerAddress
+from bus.process.child import ParentLine
+from bus.process.exits import StartError, leaves
+from bus.process.startup import prepare_server
+from bus.process.steady import keep_doing, pause
 from bus.settings import Settings
-from bus.startup import prepare_server
-from bus.steady import keep_doing, pause
-from bus.wire import Owned, Superseded
 from gpu_worker.lease import LeaseThread
 from gpu_worker.reader import NodeReader
 from gpu_worker.relay_engine.call import RelayLimits
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 async def run(settings: Settings, parent: ParentLine) -> None:
-    """All cells until the parent says stop. See bus.child.ChildMain."""
+    """All cells until the parent says stop. See bus.process.child.ChildMain."""
     try:
         policy = AddressPolicy.parse(settings.node_allow)
     except AllowError as error:

@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
+from bus.codec.wire import NodeView
 from bus.ids import Holder, NodeId, rendezvous
-from bus.wire import NodeView
 from gpu_worker.relay_engine.engine import RelayNode
 
 HOLDER_PREFIX = "relay:"  # of a relay's name among the leases

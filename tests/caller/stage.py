@@ -3,13 +3,13 @@
 from msgspec.structs import replace
 
 from bus.cell import Cell
-from bus.entries import Assignment, parse_assignment
-from bus.events import NodeBeat
+from bus.codec.entries import Assignment, parse_assignment
+from bus.codec.events import NodeBeat
+from bus.codec.wire import Assigned, FinishPiece, FinishReply, FlushPiece, FlushReply, Moved, Owned, Pick, new_nonce
 from bus.ids import Fence, Holder, JobId, NodeId
 from bus.keys import WORKERS_GROUP
 from bus.link import Link, Reader, ServerAddress
 from bus.settings import Settings
-from bus.wire import Assigned, FinishPiece, FinishReply, FlushPiece, FlushReply, Moved, Owned, Pick, new_nonce
 
 MODEL = "echo"
 SETTINGS = Settings().changed(

@@ -5,12 +5,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from bus.caller import Caller, CallOptions, Refusal, UnknownJob, read_count
+from bus.calls.caller import Caller, CallOptions, Refusal, UnknownJob, read_count
+from bus.calls.handle import Detached, Finished, HandleEvent, JobHandle, TextDelta
+from bus.codec.wire import Ended as EndedJob
 from bus.ids import ModelName
-from bus.job_handle import Detached, Finished, HandleEvent, JobHandle, TextDelta
 from bus.jobs import ChatJob, Message
 from bus.link import Link, ServerAddress
-from bus.wire import Ended as EndedJob
 from tests.caller.stage import MODEL, SETTINGS, Stage
 from tests.conftest import wait_until
 from tests.harness.servers import ValkeyServer

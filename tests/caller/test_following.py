@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bus.following import Ended, Following, Hole
+from bus.calls.following import Ended, Following, Hole
 
 DONE = Ended(state="done", reason="stop", new_tokens=3)
 

@@ -7,8 +7,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 import pytest
 
 from bus.cell import Cell
-from bus.child import ParentLine
 from bus.link import Link
+from bus.process.child import ParentLine
 from bus.settings import Settings
 from dispatcher.service import run
 from tests.harness.servers import ValkeyServer

@@ -6,13 +6,13 @@ from typing import Any
 import msgspec
 
 from bus.cell import Cell
-from bus.entries import Assignment, parse_assignment
-from bus.events import NodeBeat
+from bus.codec.entries import Assignment, parse_assignment
+from bus.codec.events import NodeBeat
+from bus.codec.wire import Accepted, FinishPiece, FinishReply, Owned, Submission
 from bus.ids import Holder, JobId, ModelName, NodeId
 from bus.jobs import ChatJob
 from bus.keys import WORKERS_GROUP
 from bus.link import ServerError, to_batch
-from bus.wire import Accepted, FinishPiece, FinishReply, Owned, Submission
 
 MODEL = "m"
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from bus.cell import Cell
-from bus.child import ParentLine
+from bus.codec.wire import Assigned, Pick, Requeued, new_nonce
 from bus.ids import JobId, rendezvous
 from bus.keys import queue_name
 from bus.link import Link, ServerAddress
+from bus.process.child import ParentLine
 from bus.settings import Settings
-from bus.wire import Assigned, Pick, Requeued, new_nonce
 from dispatcher.service import run
 from dispatcher.sharing import HOLDER_PREFIX
 from tests.conftest import wait_until

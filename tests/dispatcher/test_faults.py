@@ -11,10 +11,10 @@ from collections.abc import AsyncIterator
 import pytest
 
 from bus.cell import Cell
-from bus.child import ParentLine
-from bus.events import NodeRegistered
+from bus.codec.events import NodeRegistered
 from bus.ids import NodeId
 from bus.link import Link
+from bus.process.child import ParentLine
 from bus.settings import Settings
 from dispatcher.service import run as run_dispatcher
 from registry_consumer.service import run as run_registry

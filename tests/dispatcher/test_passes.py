@@ -3,10 +3,10 @@
 import random
 
 from bus.cell import Cell
-from bus.entries import parse_wake
+from bus.codec.entries import parse_wake
+from bus.codec.wire import NO_FENCE, CellView, QueuedJob, QueueView
 from bus.ids import JobId, ModelName, NodeId
 from bus.keys import queue_name
-from bus.wire import NO_FENCE, CellView, QueuedJob, QueueView
 from dispatcher.board import FRESH_MS, Board
 from dispatcher.passes import Passes
 from dispatcher.rank import Node

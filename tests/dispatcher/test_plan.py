@@ -6,9 +6,9 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bus.codec.wire import NO_FENCE, QueuedJob, QueueView
 from bus.ids import JobId, ModelName, NodeId
 from bus.keys import queue_name
-from bus.wire import NO_FENCE, QueuedJob, QueueView
 from dispatcher.plan import Choice, plan
 from dispatcher.rank import Node
 

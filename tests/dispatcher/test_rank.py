@@ -6,8 +6,8 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bus.codec.wire import NO_FENCE, QueuedJob
 from bus.ids import JobId, NodeId
-from bus.wire import NO_FENCE, QueuedJob
 from dispatcher.rank import Node, promise, rank, score
 
 NOW = 1_000_000

@@ -3,9 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bus.codec.wire import NO_FENCE, QueuedJob, QueueView
 from bus.ids import JobId
 from bus.keys import queue_name
-from bus.wire import NO_FENCE, QueuedJob, QueueView
 from dispatcher.sharing import Share
 
 QUEUES = [queue_name(f"model-{index}", priority) for index in range(40) for priority in (0, 1)]

@@ -16,8 +16,8 @@ import dispatcher.service
 import gpu_worker.worker
 import registry_consumer.service
 from bus.api_keys import KeyLimits
-from bus.child import ParentLine
 from bus.link import ServerAddress
+from bus.process.child import ParentLine
 from bus.settings import Settings
 from gateway.service import listen, open_gateway
 from gateway.state import Gateway

@@ -2,9 +2,9 @@
 
 import pytest
 
-from bus.caller import Refusal
+from bus.calls.caller import Refusal
+from bus.calls.following import Ended
 from bus.chat_request import parse_chat
-from bus.following import Ended
 from bus.ids import ModelName
 from bus.jobs import ChatJob
 from gateway.chats import parse_deadline_ms, parse_policy, parse_with, reason_of, refusal_error

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from bus.codec.wire import NodeView
 from bus.ids import NodeId
-from bus.wire import NodeView
 from gateway.nodes_wire import newest_of_each, node_object, served_models, status_object, success_rate
 
 

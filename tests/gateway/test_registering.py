@@ -10,9 +10,9 @@ from aiohttp.test_utils import TestServer
 
 import registry_consumer.service
 from bus.api_keys import KeyLimits
+from bus.codec.wire import LockTaken
 from bus.ids import NodeId
 from bus.settings import Settings
-from bus.wire import LockTaken
 from gateway.nodes_wire import STATUS_ACTIVE, STATUS_INACTIVE
 from tests.conftest import wait_until
 from tests.gateway.conftest import Served, running, serve

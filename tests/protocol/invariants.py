@@ -4,9 +4,9 @@ import asyncio
 from collections import Counter
 from collections.abc import Iterable
 
-from bus.entries import End, parse_out, parse_queued
+from bus.codec.entries import End, parse_out, parse_queued
+from bus.codec.wire import TERMINAL_STATES
 from bus.ids import JobId
-from bus.wire import TERMINAL_STATES
 from tests.protocol.world import World
 
 MAY_LACK_TTL = (

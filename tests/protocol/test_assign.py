@@ -1,8 +1,8 @@
 """assign: verify and reserve. The order of nodes is the dispatcher's, whether one may have the job is decided here."""
 
+from bus.codec.wire import Assigned, NotAssigned, Pick, new_nonce
 from bus.ids import GatewayId, JobId, NodeId
 from bus.keys import queue_name
-from bus.wire import Assigned, NotAssigned, Pick, new_nonce
 from tests.protocol.world import MODEL, World
 
 QUEUE = queue_name(MODEL, 1)

@@ -2,9 +2,9 @@
 
 import msgspec
 
-from bus.entries import Detached, parse_control
+from bus.codec.entries import Detached, parse_control
+from bus.codec.wire import Attached, Cancelling, Ended, Finished, JobRecord, NotYours, Unknown, WrongGateway
 from bus.ids import GatewayId, JobId, NodeId
-from bus.wire import Attached, Cancelling, Ended, Finished, JobRecord, NotYours, Unknown, WrongGateway
 from tests.protocol.world import GATEWAY, World
 
 G2 = GatewayId("g2")

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bus.entries import parse_assignment, parse_control, parse_out, parse_queued, parse_wake
-from bus.events import (
+from bus.codec.entries import parse_assignment, parse_control, parse_out, parse_queued, parse_wake
+from bus.codec.events import (
     EVENT_VERSION,
     ForeignEntry,
     HttpBeat,
@@ -21,8 +21,8 @@ from bus.events import (
     event_fields,
     parse_event,
 )
+from bus.codec.wire import Route, pack_tokens, parse_route, unpack_tokens
 from bus.ids import Holder, ModelName, NodeId
-from bus.wire import Route, pack_tokens, parse_route, unpack_tokens
 
 PARSERS: list[Callable[[Any], Any]] = [
     parse_out,

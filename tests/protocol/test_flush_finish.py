@@ -3,9 +3,9 @@
 import msgspec
 import pytest
 
-from bus.entries import End
+from bus.codec.entries import End
+from bus.codec.wire import Finished, FinishPiece, FlushPiece, Gap, Moved, Stop, Stored, Superseded, pack_tokens
 from bus.ids import Fence, GatewayId, Holder, JobId, NodeId
-from bus.wire import Finished, FinishPiece, FlushPiece, Gap, Moved, Stop, Stored, Superseded, pack_tokens
 from tests.protocol.world import World
 
 

@@ -1,9 +1,9 @@
 """The front door: plain producers add entries to `jobs`; each is admitted or rejected once."""
 
-from bus.entries import End
+from bus.codec.entries import End
+from bus.codec.wire import Accepted, Refused, Submission
 from bus.ids import JobId
 from bus.settings import Settings
-from bus.wire import Accepted, Refused, Submission
 from tests.protocol.world import World, chat, make_world
 
 

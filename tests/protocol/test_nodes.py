@@ -1,8 +1,8 @@
 """Nodes: who owns one, who may beat for it, and what revives nobody."""
 
-from bus.events import HttpBeat, NodeBeat, NodeBye, NodeDrain, NodeRegistered
+from bus.codec.events import HttpBeat, NodeBeat, NodeBye, NodeDrain, NodeRegistered
+from bus.codec.wire import HeldBy, LockBusy, LockTaken, Owned
 from bus.ids import Fence, Holder, JobId, NodeId
-from bus.wire import HeldBy, LockBusy, LockTaken, Owned
 from tests.protocol.world import MODEL, World
 
 N1 = NodeId("n1")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bus.cell_view import FULL_FIELDS, SHORT_FIELDS
+from bus.cell.view import FULL_FIELDS, SHORT_FIELDS
 from bus.scripts import load_script, script_names
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -2,9 +2,9 @@
 
 import pytest
 
-from bus.entries import Assignment
+from bus.codec.entries import Assignment
+from bus.codec.wire import Ended, NotYours, Requeued
 from bus.ids import Fence, JobId, NodeId
-from bus.wire import Ended, NotYours, Requeued
 from tests.protocol.world import World
 
 

@@ -3,8 +3,8 @@
 What the others remember is then newer than the truth. Fences, routes and re-drives must bring both together again.
 """
 
+from bus.codec.wire import Accepted, Finished, Moved, Stop, Stored
 from bus.ids import GatewayId, NodeId
-from bus.wire import Accepted, Finished, Moved, Stop, Stored
 from tests.protocol.world import World
 
 N1 = NodeId("n1")

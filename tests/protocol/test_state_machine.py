@@ -21,12 +21,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from bus.entries import Assignment
-from bus.events import NodeBye
-from bus.ids import GatewayId, JobId, NodeId
-from bus.link import Link, ServerAddress
-from bus.settings import Settings
-from bus.wire import (
+from bus.codec.entries import Assignment
+from bus.codec.events import NodeBye
+from bus.codec.wire import (
     Finished,
     FinishPiece,
     FinishReply,
@@ -43,6 +40,9 @@ from bus.wire import (
     new_nonce,
     pack_tokens,
 )
+from bus.ids import GatewayId, JobId, NodeId
+from bus.link import Link, ServerAddress
+from bus.settings import Settings
 from tests.harness.servers import ValkeyServer
 from tests.protocol.invariants import check_invariants
 from tests.protocol.world import World, chat, make_world

@@ -1,11 +1,11 @@
 """submit: a job comes in once, or is refused with the reason and an honest wait."""
 
-from bus.events import NodeBeat
+from bus.codec.events import NodeBeat
+from bus.codec.wire import Accepted, Refused
 from bus.ids import Holder, JobId, NodeId
 from bus.jobs import decode_job
 from bus.keys import queue_name
 from bus.settings import Settings
-from bus.wire import Accepted, Refused
 from tests.protocol.world import MODEL, World, chat, make_world
 
 

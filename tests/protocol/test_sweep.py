@@ -3,12 +3,12 @@
 import asyncio
 
 from bus.cell import Cell
-from bus.entries import parse_control
-from bus.events import NodeBye
+from bus.codec.entries import parse_control
+from bus.codec.events import NodeBye
+from bus.codec.wire import Requeued
 from bus.ids import GatewayId, NodeId
 from bus.link import Link, ServerAddress
 from bus.settings import Settings
-from bus.wire import Requeued
 from tests.conftest import wait_until
 from tests.harness.servers import ValkeyServer
 from tests.protocol.world import GATEWAY, World

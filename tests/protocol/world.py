@@ -9,14 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bus.cell import Cell
-from bus.entries import Assignment, End, Frame, Marker, OutEntry, parse_assignment, parse_out
-from bus.events import HttpBeat, NodeBeat, NodeEvent, NodeRegistered
-from bus.ids import GatewayId, Holder, JobId, ModelName, NodeId
-from bus.jobs import ChatJob, Message
-from bus.keys import REGISTRY_GROUP, WORKERS_GROUP, QueueName
-from bus.link import Link, ServerError
-from bus.settings import Settings
-from bus.wire import (
+from bus.codec.entries import Assignment, End, Frame, Marker, OutEntry, parse_assignment, parse_out
+from bus.codec.events import HttpBeat, NodeBeat, NodeEvent, NodeRegistered
+from bus.codec.wire import (
     Accepted,
     Assigned,
     FinishPiece,
@@ -31,6 +26,11 @@ from bus.wire import (
     new_nonce,
     pack_tokens,
 )
+from bus.ids import GatewayId, Holder, JobId, ModelName, NodeId
+from bus.jobs import ChatJob, Message
+from bus.keys import REGISTRY_GROUP, WORKERS_GROUP, QueueName
+from bus.link import Link, ServerError
+from bus.settings import Settings
 
 MODEL = ModelName("m")
 GATEWAY = GatewayId("g1")

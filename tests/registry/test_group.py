@@ -6,8 +6,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from bus.group import GroupReader
 from bus.link import Entry, Link, Reader, ServerAddress
+from bus.link.group import GroupReader
 from tests.harness.servers import ValkeyServer
 
 STREAM, GROUP = "millrace:{c0}:nodes", "registry_consumer"

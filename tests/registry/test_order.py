@@ -5,7 +5,7 @@ import random
 import pytest
 
 from bus.cell import Cell
-from bus.events import HttpBeat, NodeBeat, NodeBye, NodeDrain, NodeEvent, NodeRegistered
+from bus.codec.events import HttpBeat, NodeBeat, NodeBye, NodeDrain, NodeEvent, NodeRegistered
 from bus.ids import Holder, NodeId
 from bus.link import Link
 from bus.settings import Settings

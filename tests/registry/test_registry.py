@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from bus.cell import Cell
-from bus.child import ParentLine
-from bus.entries import Answer, parse_out
-from bus.events import HttpBeat, NodeBeat, NodeBye, NodeDrain, NodeEvent, NodeRegistered, event_fields
+from bus.codec.entries import Answer, parse_out
+from bus.codec.events import HttpBeat, NodeBeat, NodeBye, NodeDrain, NodeEvent, NodeRegistered, event_fields
 from bus.ids import Holder, NodeId
 from bus.keys import REGISTRY_GROUP
 from bus.link import Link
+from bus.process.child import ParentLine
 from bus.settings import Settings
 from registry_consumer.service import run
 from tests.conftest import wait_until

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from bus.link import LinkClosed, LinkDown, ServerError
-from bus.steady import keep_doing, pause
+from bus.process.steady import keep_doing, pause
 
 
 class Steps:

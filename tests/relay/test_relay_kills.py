@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bus.caller import Caller
+from bus.calls.caller import Caller
 from bus.link import ServerAddress
 from tests.conftest import wait_until
 from tests.harness.fake_openai import FakeNode, Knobs

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from bus.caller import Caller
+from bus.calls.caller import Caller
+from bus.calls.handle import Finished, JobHandle, TextDelta
 from bus.cell import Cell
-from bus.child import ParentLine
-from bus.events import HttpBeat, NodeRegistered
+from bus.codec.events import HttpBeat, NodeRegistered
+from bus.codec.wire import LockTaken, NodeView
 from bus.ids import ModelName, NodeId
-from bus.job_handle import Finished, JobHandle, TextDelta
 from bus.jobs import ChatJob, Message
 from bus.link import ServerAddress
+from bus.process.child import ParentLine
 from bus.settings import Settings
-from bus.wire import LockTaken, NodeView
 from dispatcher.service import run as run_dispatcher
 from gpu_worker.relay_engine.service import run as run_relay
 from registry_consumer.service import run as run_registry

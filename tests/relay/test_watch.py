@@ -2,8 +2,8 @@
 
 import msgspec
 
+from bus.codec.wire import NodeView
 from bus.ids import Holder, NodeId, rendezvous
-from bus.wire import NodeView
 from gpu_worker.relay_engine.watch import PATIENCE_S, Serving, Unowned, WatchPlan, plan_watch, relays_of, to_relay_node
 
 ME = Holder("relay:a.1")

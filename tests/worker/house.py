@@ -9,14 +9,14 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from bus.cell import Cell
-from bus.entries import End, Frame, Marker, parse_out
-from bus.events import parse_event
+from bus.codec.entries import End, Frame, Marker, parse_out
+from bus.codec.events import parse_event
+from bus.codec.wire import Accepted, Assigned, CellView, Pick, Submission, new_nonce
 from bus.ids import JobId, ModelName, NodeId, new_job_id
 from bus.jobs import ChatJob, Message
 from bus.keys import CellKeys
 from bus.link import Link, LinkError, Reader, ServerAddress, to_entry
 from bus.settings import Settings
-from bus.wire import Accepted, Assigned, CellView, Pick, Submission, new_nonce
 from tests.conftest import wait_until
 
 # Times short enough for a test, long enough for a busy machine.

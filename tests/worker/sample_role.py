@@ -7,10 +7,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from bus.child import ParentLine
-from bus.exits import StartError
 from bus.ids import Holder, NodeId
-from bus.parent import Role, run_role
+from bus.process.child import ParentLine
+from bus.process.exits import StartError
+from bus.process.parent import Role, run_role
 from bus.settings import Settings
 
 

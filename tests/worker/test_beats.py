@@ -2,9 +2,9 @@
 
 import msgspec
 
-from bus.events import event_fields, parse_event
+from bus.codec.events import event_fields, parse_event
+from bus.codec.wire import Owned
 from bus.ids import Holder, NodeId
-from bus.wire import Owned
 from gpu_worker.beats import is_news, make_beat
 from gpu_worker.engine import EngineInfo, EngineLoad
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from bus.node_lock import take_node_lock
-from bus.parent import STABLE_S, crashes_after, describe_exit, fold_fact, restart_delay_s, split_child_flag
+from bus.process.node_lock import take_node_lock
+from bus.process.parent import STABLE_S, crashes_after, describe_exit, fold_fact, restart_delay_s, split_child_flag
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

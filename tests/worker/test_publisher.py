@@ -4,8 +4,8 @@ import random
 
 import pytest
 
+from bus.codec.wire import Finished, FlushReply, Gap, Moved, Route, Stop, Stored
 from bus.ids import Fence, JobId
-from bus.wire import Finished, FlushReply, Gap, Moved, Route, Stop, Stored
 from gpu_worker.engine import End, Piece
 from gpu_worker.publisher import SLICE_BYTES_MAX, Call, EngineFault, Held, Publisher
 

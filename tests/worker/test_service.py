@@ -7,11 +7,11 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from bus.child import ParentLine
-from bus.exits import leaves
+from bus.codec.wire import Superseded
 from bus.ids import NodeId
+from bus.process.child import ParentLine
+from bus.process.exits import leaves
 from bus.settings import Settings
-from bus.wire import Superseded
 from gpu_worker.publisher import EngineFault
 from gpu_worker.worker import run
 from tests.conftest import wait_until

@@ -2,12 +2,12 @@
 
 import pytest
 
-from bus.child import report
-from bus.exits import EXIT_CONFIG, EXIT_CRASH, EXIT_SUPERSEDED, EXIT_UNAVAILABLE, StartError
+from bus.codec.wire import Superseded
 from bus.ids import Holder, NodeId, cell_of_model, is_node_id
 from bus.link import LinkDown
+from bus.process.child import report
+from bus.process.exits import EXIT_CONFIG, EXIT_CRASH, EXIT_SUPERSEDED, EXIT_UNAVAILABLE, StartError
 from bus.settings import Settings
-from bus.wire import Superseded
 from gpu_worker.engine import EngineStartError
 from gpu_worker.names import node_names
 from gpu_worker.worker import choose_cell, make_echo_engine

@@ -2,7 +2,7 @@
 
     python -m gateway                     python -m gateway --child <fd>
     [parent] --starts, socket pair------> [child: all the work]
-       |  <---- facts: owns, lease, ready ---  (bus.child)
+       |  <---- facts: owns, lease, ready ---  (bus.process.child)
        |-- child dies --> `down` for its nodes, its leases dropped, new child after a backoff
        |-- SIGTERM/SIGINT --> SIGTERM to the child, waits; a second one --> SIGKILL
        '-- dies itself --> end of file and SIGTERM at the child, which stops: nothing is orphaned
@@ -27,15 +27,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from bus.exits import EXIT_CONFIG, EXIT_OK
 from bus.log import set_up_logging
-from bus.node_lock import NodeLock, take_node_lock
+from bus.process.exits import EXIT_CONFIG, EXIT_OK
+from bus.process.node_lock import NodeLock, take_node_lock
 from bus.settings import PREFIX, Settings, SettingsError, read_settings
 
 STABLE_S = 30.0  # a child that lived this long starts the backoff anew
 BACKOFF_MAX_S = 30.0
-RELEASE_MODULE = "bus.release"  # these two load the link and uvloop: a parent stays small without them
-CHILD_MODULE = "bus.child"
+RELEASE_MODULE = "bus.process.release"  # these two load the link and uvloop: a parent stays small without them
+CHILD_MODULE = "bus.process.child"
 CHILD_FLAG = "--child"
 STOP_RELEASE_S = 2.0  # a parent that is told to stop gives a dead child's things back no longer than this
 KILL_MARGIN_S = 5.0  # beyond the drain grace: for closing connections, before SIGKILL
@@ -52,7 +52,7 @@ def _keep(settings: Settings, arguments: list[str]) -> Settings:
 class Role:
     """What `python -m <module>` is: the child's work, its own flags, and the name it must hold on this machine.
 
-    child: "module:function" with the signature of `bus.child.ChildMain`, imported in the child only.
+    child: "module:function" with the signature of `bus.process.child.ChildMain`, imported in the child only.
     configure: applies the role's command line flags to the settings (argparse: exits 2 by itself).
     names: candidates for a name that only one process here may have; the first free one becomes `node_id`.
     """

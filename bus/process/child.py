@@ -1,6 +1,6 @@
 """The child side of a role: what its parent is told, when it must stop, and how it ends.
 
-A role's work runs in a child of a small restarting parent (`bus.parent`). The two share one socket pair:
+A role's work runs in a child of a small restarting parent (`bus.process.parent`). The two share one socket pair:
 
     child -> parent   one fact a line: "owns <cell> <node> <holder>", "left ...", "lease <cell> <holder>", "ready"
     parent -> child   nothing; end of file means that the parent is gone, so the child must stop
@@ -25,7 +25,10 @@ from typing import Any
 
 import uvloop
 
-from bus.exits import (
+from bus.codec.wire import Superseded
+from bus.ids import Holder, NodeId
+from bus.link import LinkError
+from bus.process.exits import (
     EXIT_CONFIG,
     EXIT_CRASH,
     EXIT_OK,
@@ -34,10 +37,7 @@ from bus.exits import (
     StartError,
     leaves,
 )
-from bus.ids import Holder, NodeId
-from bus.link import LinkError
 from bus.settings import Settings
-from bus.wire import Superseded
 
 ORPHAN_GRACE_S = 8.0  # how long a child without its parent may take to hand its work back
 PR_SET_PDEATHSIG = 1

@@ -8,10 +8,10 @@ from typing import TypeVar
 
 import msgspec
 
-from bus.events import ForeignEntry
+from bus.codec.events import ForeignEntry
+from bus.codec.wire import QueuedJob, Route, parse_route, parse_spec
 from bus.ids import Fence, Holder, JobId, NodeId
 from bus.keys import QueueName
-from bus.wire import QueuedJob, Route, parse_route, parse_spec
 
 Fields = Mapping[str, bytes]
 Parsed = TypeVar("Parsed")

@@ -2,9 +2,9 @@
 
 import logging
 
-from bus.exits import StartError
 from bus.layout import LayoutMismatch, check_layout
 from bus.link import AddressError, LinkDown, ServerAddress, ServerUnfit, check_server, find_warning
+from bus.process.exits import StartError
 from bus.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -21,18 +21,28 @@ from typing import Any, Self
 
 import msgspec
 
-from bus.call_watch import CallWatch
+from bus.calls.following import Ended, Following
+from bus.calls.handle import Call, JobHandle
+from bus.calls.watch import CallWatch
 from bus.cell import Cell
-from bus.entries import Answer, Detached, End, Frame, Marker, OutEntry, parse_out
-from bus.events import ForeignEntry, NodeRegistered
-from bus.following import Ended, Following
+from bus.codec.entries import Answer, Detached, End, Frame, Marker, OutEntry, parse_out
+from bus.codec.events import ForeignEntry, NodeRegistered
+from bus.codec.wire import (
+    TERMINAL_STATES,
+    Accepted,
+    Attached,
+    CancelResult,
+    JobRecord,
+    NotYours,
+    Policy,
+    Refused,
+    Submission,
+)
 from bus.ids import GatewayId, JobId, cell_of_model, new_job_id, parse_cell
-from bus.job_handle import Call, JobHandle
 from bus.jobs import ChatJob, estimate_new_tokens, estimate_prompt_tokens
 from bus.keys import CellKeys
 from bus.link import Link, LinkDown, LinkError, Reader, ServerAddress, ServerError
 from bus.settings import Settings
-from bus.wire import TERMINAL_STATES, Accepted, Attached, CancelResult, JobRecord, NotYours, Policy, Refused, Submission
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +58,7 @@ SHUTTING_DOWN = Ended(
 
 
 class Refusal(Exception):
-    """The job was not accepted. code: as in bus.wire.Refused, or `unavailable` (the server cannot be reached)."""
+    """The job was not accepted. code: as in bus.codec.wire.Refused, or `unavailable` (the server cannot be reached)."""
 
     def __init__(self, code: str, reason: str, retry_after_ms: int = 0) -> None:
         super().__init__(reason)

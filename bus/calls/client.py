@@ -16,15 +16,15 @@ from typing import Any, Self
 import msgspec
 import orjson
 
-from bus.caller import Caller, CallOptions, Refusal, UnknownJob
+from bus.calls.caller import Caller, CallOptions, Refusal, UnknownJob
+from bus.calls.following import Ended
+from bus.calls.handle import Detached, Finished, JobHandle, TextDelta
 from bus.chat_request import BadRequest, parse_chat
-from bus.following import Ended
-from bus.job_handle import Detached, Finished, JobHandle, TextDelta
+from bus.codec.wire import Policy
 from bus.jobs import ChatJob
 from bus.layout import read_layout
 from bus.link import ServerAddress
 from bus.settings import Settings
-from bus.wire import Policy
 
 LAYOUT_WAIT_S = 5.0
 

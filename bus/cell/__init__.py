@@ -5,14 +5,14 @@ safe to repeat: a caller whose reply was lost calls again. Methods raise LinkDow
 Where a script may only write keys that the caller declares, the route of the job names them; a script that finds
 another route answers `Moved` and has written nothing.
 
-    cell_jobs    submit look assign, the front door        cell_nodes   own renew leases beats registrations
-    cell_work    flush finish requeue                      cell_sweep   what time does
-    cell_follow  cancel attach, reading what is stored
+    jobs    submit look assign, the front door        nodes   own renew leases beats registrations
+    work    flush finish requeue                      sweep   what time does
+    follow  cancel attach, reading what is stored
 """
 
-from bus.cell_jobs import JobCalls
-from bus.cell_sweep import SweepCalls
-from bus.cell_work import WorkCalls
+from bus.cell.jobs import JobCalls
+from bus.cell.sweep import SweepCalls
+from bus.cell.work import WorkCalls
 
 
 class Cell(JobCalls, WorkCalls, SweepCalls):

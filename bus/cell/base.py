@@ -5,12 +5,12 @@ from typing import Any
 
 import msgspec
 
+from bus.codec.wire import Ended, NotYours, Requeued, Route, Superseded, parse_route
 from bus.ids import Fence, Holder, JobId, NodeId
 from bus.keys import PRIORITY_AGAIN, CellKeys, QueueName, queue_name
 from bus.link import Link
 from bus.scripts import load_script
 from bus.settings import Settings
-from bus.wire import Ended, NotYours, Requeued, Route, Superseded, parse_route
 
 TEXT_IN_END_MAX = 256 * 1024  # bytes; a longer answer is read from its own key
 CHANGE_TRIES_MAX = 8  # each retry means that somebody else changed the job in between

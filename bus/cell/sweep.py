@@ -3,12 +3,12 @@ which checks again, so a renewal or a finish that comes in between wins."""
 
 import asyncio
 
-from bus.cell_base import CellBase
-from bus.cell_follow import FollowCalls
-from bus.cell_nodes import NodeCalls
+from bus.cell.base import CellBase
+from bus.cell.follow import FollowCalls
+from bus.cell.nodes import NodeCalls
+from bus.codec.wire import Ended, NotYours, Requeued, SweepReport
 from bus.ids import Fence, GatewayId, JobId, NodeId
 from bus.keys import DISPATCHER_GROUP, REGISTRY_GROUP, WORKERS_GROUP
-from bus.wire import Ended, NotYours, Requeued, SweepReport
 
 CONSUMER_IDLE_MS = 60_000
 TIDY_NODES = 4  # node streams whose consumers one sweep looks at

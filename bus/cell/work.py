@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from bus.cell_base import TEXT_IN_END_MAX, CellBase, epoch_of, raise_if_superseded
-from bus.ids import Fence, Holder, JobId, NodeId
-from bus.wire import (
+from bus.cell.base import TEXT_IN_END_MAX, CellBase, epoch_of, raise_if_superseded
+from bus.codec.wire import (
     Ended,
     Finished,
     FinishPiece,
@@ -21,6 +20,7 @@ from bus.wire import (
     Stored,
     parse_route,
 )
+from bus.ids import Fence, Holder, JobId, NodeId
 
 
 class WorkCalls(CellBase):

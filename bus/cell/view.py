@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from bus.codec.wire import NodeView
 from bus.ids import NodeId
-from bus.wire import NodeView
 
 SHORT_FIELDS = (
     *("owner", "state", "kind", "models", "capacity", "prefill_rate", "decode_rate", "failure", "breaker_n"),

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 import msgspec
 
+from bus.calls.following import Ended, Hole, interrupted
+from bus.calls.handle import Call
 from bus.cell import Cell
-from bus.following import Ended, Hole, interrupted
+from bus.codec.wire import Accepted, JobRecord, NotYours, Refused, attempt_of
 from bus.ids import Fence, GatewayId, JobId, parse_cell
-from bus.job_handle import Call
 from bus.link import LinkError
 from bus.settings import Settings
-from bus.wire import Accepted, JobRecord, NotYours, Refused, attempt_of
 
 log = logging.getLogger(__name__)
 

@@ -3,13 +3,13 @@
 import asyncio
 from collections.abc import Sequence
 
-from bus.cell_base import CellBase, epoch_of, raise_if_superseded
-from bus.cell_view import to_node_view
-from bus.events import NodeEvent, event_fields
+from bus.cell.base import CellBase, epoch_of, raise_if_superseded
+from bus.cell.view import to_node_view
+from bus.codec.events import NodeEvent, event_fields
+from bus.codec.node_events import apply_args, apply_script, model_keys
+from bus.codec.wire import Applied, Ended, HeldBy, LockBusy, LockTaken, NodeView, Owned, Renewed, Requeued
 from bus.ids import Fence, Holder, JobId, NodeId
 from bus.keys import REGISTRY_GROUP
-from bus.node_events import apply_args, apply_script, model_keys
-from bus.wire import Applied, Ended, HeldBy, LockBusy, LockTaken, NodeView, Owned, Renewed, Requeued
 
 
 class NodeCalls(CellBase):

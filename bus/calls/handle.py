@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator
 
 import msgspec
 
-from bus.following import Ended, Following
+from bus.calls.following import Ended, Following
+from bus.codec.wire import Policy, Submission
 from bus.ids import JobId
-from bus.wire import Policy, Submission
 
 
 class TextDelta(msgspec.Struct, frozen=True):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import orjson
 
-from bus.events import HttpBeat, NodeBeat, NodeBye, NodeDrain, NodeEvent, NodeRegistered
+from bus.codec.events import HttpBeat, NodeBeat, NodeBye, NodeDrain, NodeEvent, NodeRegistered
 from bus.keys import CellKeys
 from bus.settings import Settings
 

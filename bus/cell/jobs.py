@@ -8,17 +8,11 @@ from typing import Any, NamedTuple
 import msgspec
 import orjson
 
-from bus.cell_base import CellBase
-from bus.cell_view import to_node_view
-from bus.entries import Fields, parse_queued
-from bus.events import ForeignEntry
-from bus.ids import Fence, JobId
-from bus.jobs import encode_job
-from bus.keys import QueueName, queue_model, queue_name
-from bus.link import Link, LinkClosed, LinkError, ServerError
-from bus.scripts import load_script
-from bus.settings import Settings
-from bus.wire import (
+from bus.cell.base import CellBase
+from bus.cell.view import to_node_view
+from bus.codec.entries import Fields, parse_queued
+from bus.codec.events import ForeignEntry
+from bus.codec.wire import (
     NO_FENCE,
     Accepted,
     Assigned,
@@ -33,6 +27,12 @@ from bus.wire import (
     make_fence,
     parse_route,
 )
+from bus.ids import Fence, JobId
+from bus.jobs import encode_job
+from bus.keys import QueueName, queue_model, queue_name
+from bus.link import Link, LinkClosed, LinkError, ServerError
+from bus.scripts import load_script
+from bus.settings import Settings
 
 PICKS_MAX = 64
 SUBMITS_MAX = 64

@@ -2,9 +2,8 @@
 
 from collections.abc import Mapping
 
-from bus.cell_base import CHANGE_TRIES_MAX, CellBase
-from bus.ids import Fence, GatewayId, JobId
-from bus.wire import (
+from bus.cell.base import CHANGE_TRIES_MAX, CellBase
+from bus.codec.wire import (
     Attached,
     Cancelling,
     CancelResult,
@@ -18,6 +17,7 @@ from bus.wire import (
     parse_spec,
     unpack_tokens,
 )
+from bus.ids import Fence, GatewayId, JobId
 
 RECORD_FIELDS = (
     *("state", "fence", "route", "place", "spec", "result", "started", "cancel", "crashes", "node_errors"),
