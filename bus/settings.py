@@ -104,7 +104,7 @@ class Settings:
     model: str = _setting("smollm2-135m-instruct", WORKER, "model to serve, and the one that requests without a model get")
     model_path: str = _setting("", WORKER, "GGUF file or Hugging Face directory; empty: the fetched default model")
     capacity: int = _setting(8, WORKER, "sequences that a worker decodes at once", least=1)
-    threads: int | None = _setting(None, WORKER, "CPU threads of torch; empty: torch decides", least=1)
+    threads: int | None = _setting(None, WORKER, "CPU threads of torch; empty: all cores but one, two on large machines", least=1)
     dtype: Dtype = _setting("auto", WORKER, "weights: `float32`, `bfloat16`, or `auto` by what the device is fast at")
     kv_tokens: int | None = _setting(None, WORKER, "tokens that the KV cache holds; empty: by model, capacity and memory", least=64)
     prefill_chunk: int = _setting(512, WORKER, "most prompt tokens processed in one step, so that running answers go on", least=1)

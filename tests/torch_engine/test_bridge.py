@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -163,6 +164,23 @@ async def collect_until_closed(engine: TorchEngine) -> None:
         pass
 
 
+async def test_work_is_visible_from_the_submit_on_and_gone_after_the_end(model_dir: Path) -> None:
+    """The lease follows this: a step that hangs must not look idle, and an idle hour must not look like a hang."""
+    wanted = [request("a", "hello", max_tokens=5)]
+    async with running(model_dir) as engine:
+        before_s = time.monotonic()
+        assert engine.load().idle
+
+        engine.submit(wanted[0])
+        busy = engine.load()
+        await collect(engine, wanted, until=all_ended)
+        after = engine.load()
+
+    assert not busy.idle
+    assert busy.last_progress_s >= before_s
+    assert after.idle
+
+
 async def test_an_engine_that_never_started_closes(model_dir: Path) -> None:
     await TorchEngine(engine_config(model_dir)).close()
 
@@ -182,8 +200,8 @@ async def test_the_engine_waits_for_a_reader_that_stopped_taking(model_dir: Path
     assert len(outcomes["a"].tokens) == 200
 
 
-async def test_a_full_intake_is_a_node_error_at_once(model_dir: Path) -> None:
-    engine = TorchEngine(engine_config(model_dir), intake_max=1)
+async def test_more_sequences_than_the_engine_holds_are_a_node_error(model_dir: Path) -> None:
+    engine = TorchEngine(engine_config(model_dir), open_max=1)
     wanted = [request(str(n), "hello", max_tokens=1) for n in range(3)]
     for one in wanted:
         engine.submit(one)  # nobody takes from the intake before start
