@@ -14,7 +14,7 @@ from gpu_worker.torch_engine.config import BLOCK_TOKENS
 from gpu_worker.torch_engine.kv_cache import KVCache
 from gpu_worker.torch_engine.model import Decoder
 from gpu_worker.torch_engine.prompt import Answer
-from gpu_worker.torch_engine.rates import Rates, capacity_now
+from gpu_worker.torch_engine.rates import Rates, capacity_now, prompt_budget
 from gpu_worker.torch_engine.sampler import sample
 from gpu_worker.torch_engine.scheduler import Plan, Scheduler, Work
 from gpu_worker.torch_engine.sequence import Sequence
@@ -75,7 +75,7 @@ class EngineCore:
     @torch.inference_mode()
     def step(self) -> StepReport:
         began_s = self._clock()
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(self._prompt_budget())
         if not plan.work:
             return StepReport((), 0, 0)
         batch = build_batch(
@@ -113,6 +113,9 @@ class EngineCore:
             idle=self.idle and not arriving,
             last_progress_s=self.last_progress_s,
         )
+
+    def _prompt_budget(self) -> int:
+        return prompt_budget(self.rates, chunk_max=self.scheduler.chunk_max, answers_running=self.scheduler.answering)
 
     def _sort_out(self, batch: Batch, hidden: Tensor) -> tuple[list[int], list[int]]:
         """Which work came out finite and which did not. A last row sees all before it, so it tells for the whole."""

@@ -3,6 +3,7 @@
 import dataclasses
 
 WEIGHT = 0.1  # of the newest step in the moving averages
+CHUNK_LEAST = 32  # fewer rows would read all weights for hardly anything
 
 
 @dataclasses.dataclass
@@ -26,6 +27,16 @@ class Rates:
 
     def observe_finished(self, tokens: int) -> None:
         self.sequence_tokens = _average(self.sequence_tokens, tokens)
+
+
+def prompt_budget(rates: Rates, *, chunk_max: int, answers_running: bool) -> int:
+    """Prompt tokens of the next step: so few that running answers wait about two of their token intervals more.
+
+    Nobody waits: the whole chunk, which computes fastest.
+    """
+    if not answers_running or not rates.decode_step_s or not rates.prefill_rate:
+        return chunk_max
+    return min(chunk_max, max(CHUNK_LEAST, int(rates.prefill_rate * 2 * rates.decode_step_s)))
 
 
 def _average(before: float, new: float) -> float:

@@ -73,11 +73,19 @@ class Scheduler:
             self.waiting.remove(sequence)
         sequence.state = State.FINISHED
 
-    def plan(self) -> Plan:
-        """The next step; empty only if nothing waits or runs. Blocks for all its tokens are in place."""
+    @property
+    def answering(self) -> bool:
+        """Whether a running answer waits for its next token."""
+        return any(sequence.pending == 1 for sequence in self.running)
+
+    def plan(self, budget: int | None = None) -> Plan:
+        """The next step; empty only if nothing waits or runs. Blocks for all its tokens are in place.
+
+        budget: prompt tokens of this step, at least 1 and at most `chunk_max`, which is the default.
+        """
         decode: list[Work] = []
         prefill: list[Work] = []
-        budget = self.chunk_max
+        budget = self.chunk_max if budget is None else budget
         for sequence in list(self.running):
             if sequence.state is not State.RUNNING:
                 continue  # preempted for an older one a moment ago

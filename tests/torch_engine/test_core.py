@@ -8,7 +8,7 @@ from bus.jobs import Message
 from gpu_worker.engine import End
 from gpu_worker.torch_engine.assembly import Assembled
 from gpu_worker.torch_engine.prompt import Answer, prepare
-from gpu_worker.torch_engine.rates import Rates, capacity_now
+from gpu_worker.torch_engine.rates import Rates, capacity_now, prompt_budget
 from tests.torch_engine.tiny import Outcome, deliver, request, run, tiny_engine, tiny_model
 
 
@@ -199,6 +199,17 @@ def test_rates_split_a_mixed_step_by_what_decoding_takes_alone() -> None:
 
     assert rates.decode_rate == pytest.approx(40)
     assert rates.prefill_rate == pytest.approx(200)
+
+
+def test_prompts_take_small_chunks_while_answers_run() -> None:
+    """A long prompt may hold running answers up by about two of their own intervals, not by seconds."""
+    rates = Rates(prefill_rate=800.0, decode_step_s=0.05)
+
+    assert prompt_budget(rates, chunk_max=512, answers_running=True) == 80
+    assert prompt_budget(rates, chunk_max=512, answers_running=False) == 512
+    assert prompt_budget(rates, chunk_max=64, answers_running=True) == 64
+    assert prompt_budget(Rates(), chunk_max=512, answers_running=True) == 512
+    assert prompt_budget(Rates(prefill_rate=10.0, decode_step_s=0.01), chunk_max=512, answers_running=True) == 32
 
 
 def test_capacity_follows_free_blocks() -> None:
