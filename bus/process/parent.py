@@ -32,8 +32,8 @@ from bus.process.exits import EXIT_CONFIG, EXIT_OK
 from bus.process.node_lock import NodeLock, take_node_lock
 from bus.settings import PREFIX, Settings, SettingsError, read_settings
 
-STABLE_S = 30.0  # a child that lived this long starts the backoff anew
-BACKOFF_MAX_S = 30.0
+STABLE_S = 10.0  # a child that lived this long starts the backoff anew
+BACKOFF_MAX_S = 10.0
 RELEASE_MODULE = "bus.process.release"  # these two load the link and uvloop: a parent stays small without them
 CHILD_MODULE = "bus.process.child"
 CHILD_FLAG = "--child"
@@ -106,7 +106,7 @@ def split_child_flag(arguments: Sequence[str]) -> tuple[list[str], int | None]:
 
 def restart_delay_s(crashes_in_row: int) -> float:
     """Almost at once after the first crash, then doubling: a crash loop must not eat the machine."""
-    return 0.05 if crashes_in_row <= 1 else float(min(2 ** (crashes_in_row - 2), BACKOFF_MAX_S))
+    return min(0.05 * 2.0 ** min(crashes_in_row - 1, 20), BACKOFF_MAX_S)
 
 
 def crashes_after(crashes_in_row: int, lived_s: float) -> int:
