@@ -91,6 +91,8 @@ class Fleet:
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # `nohup make run`: meant to outlive its terminal
             loop.add_signal_handler(number, self._on_signal)
         try:
             async with asyncio.TaskGroup() as keepers:

@@ -15,6 +15,7 @@ import faulthandler
 import importlib
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -40,6 +41,7 @@ from bus.process.exits import (
 from bus.settings import Settings
 
 ORPHAN_GRACE_S = 8.0  # how long a child without its parent may take to hand its work back
+OPEN_FILES = 65_536
 PR_SET_PDEATHSIG = 1
 
 log = logging.getLogger(__name__)
@@ -90,6 +92,7 @@ def run_child(target: str, settings: Settings, line_fd: int) -> int:
     line = socket.socket(fileno=line_fd)
     line.set_inheritable(False)
     die_with_parent()
+    allow_many_connections()
     faulthandler.enable()
     try:
         uvloop.run(_supervise(resolve(target), settings, line))
@@ -120,6 +123,16 @@ def resolve(target: str) -> ChildMain:
     module, _, function = target.partition(":")
     found: ChildMain = getattr(importlib.import_module(module), function)
     return found
+
+
+def allow_many_connections() -> None:
+    """Raise the soft limit of open files, often 1024, to what the system allows: each waiting client is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    with contextlib.suppress(ValueError, OSError):  # a system with a lower limit of its own: we keep what we have
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def die_with_parent() -> None:

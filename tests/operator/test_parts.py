@@ -121,6 +121,21 @@ def test_what_the_banner_prints_can_be_pasted() -> None:
     assert json.loads(said[-1])["messages"][0]["role"] == "user"
 
 
+def test_a_role_may_hold_more_connections_than_a_shell_allows() -> None:
+    """Many systems start with 1024 open files, which is 1024 waiting clients."""
+    code = "import resource; from bus.process.child import allow_many_connections as allow; allow(); "
+    code += "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 256)"
+
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -S -n 256; exec "$0" -c "$1"', sys.executable, code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.stdout.strip() == "True", done.stderr
+
+
 def test_a_table_shows_foreign_text_without_obeying_it() -> None:
     """Node names and users come from strangers; an escape sequence must not reach the terminal."""
     lines = to_table(["node", "kind"], [["a\x1b[2J", "torch"], ["b", ""]]).splitlines()
