@@ -27,6 +27,7 @@ from gpu_worker.torch_engine.assembly import Assembled, assemble
 from gpu_worker.torch_engine.config import TorchEngineConfig
 from gpu_worker.torch_engine.prompt import Answer, prepare
 
+LONG_PROMPT = 2000
 PLAIN_TOKENS = (1000, 40_000)  # ordinary words of the default model's vocabulary
 
 
@@ -60,6 +61,29 @@ def measure(engine: Assembled, level: int, prompt_len: int, new: int, chance: ra
         [1000 * (times[0] - began_s) for times in came.values()],
         [1000 * (b - a) for times in came.values() for a, b in itertools.pairwise(times)],
     )
+
+
+def measure_stall(
+    engine: Assembled, running: int, prompt_len: int, chance: random.Random
+) -> tuple[float, float, float]:
+    """Time between tokens of running answers, ms: median alone; median and longest while a long prompt comes."""
+    for number in range(running):
+        engine.core.add(random_answer(engine, f"running-{number}", 32, 400, chance))
+    alone = [step_ms(engine) for _ in range(30)][10:]
+    long = random_answer(engine, "long", prompt_len, 1, chance)
+    engine.core.add(long)
+    beside = []
+    while not long.sequence.first_token_s:
+        beside.append(step_ms(engine))
+    for number in range(running):
+        engine.core.cancel(f"running-{number}")
+    return statistics.median(alone), statistics.median(beside), max(beside)
+
+
+def step_ms(engine: Assembled) -> float:
+    began_s = time.perf_counter()
+    engine.core.step()
+    return 1000 * (time.perf_counter() - began_s)
 
 
 def random_answer(engine: Assembled, name: str, prompt_len: int, new: int, chance: random.Random) -> Answer:
@@ -123,7 +147,7 @@ def main() -> None:
             capacity=max(levels),
             dtype=options.dtype,
             threads=options.threads,
-            kv_tokens=max(levels) * (options.prompt + options.new + 64),
+            kv_tokens=max(max(levels) * (options.prompt + options.new + 64), LONG_PROMPT + 4 * 512),
             prefix_cache=False,
         )
     )
@@ -138,6 +162,11 @@ def main() -> None:
         first = f"{statistics.median(found.first_ms):.0f} / {max(found.first_ms):.0f}"
         between = f"{percentile(found.between_ms, 0.5):.1f} / {percentile(found.between_ms, 0.99):.1f}"
         print(f"| {level} | {found.decode_rate:.1f} | {first} | {between} | {peak_memory_mib():.0f} |", flush=True)
+    alone, beside, longest = measure_stall(engine, 4, LONG_PROMPT, chance)
+    print(
+        f"\n4 running answers, ms between tokens: {alone:.1f} alone;"
+        f" {beside:.1f} (longest {longest:.1f}) while a prompt of {LONG_PROMPT} tokens comes in"
+    )
     # Last, because its arrays would count as the engine's memory.
     print(f"\nroof: copy {memory_bandwidth() / 1e9:.1f} GB/s, float32 product {product_rate() / 1e9:.0f} GFLOP/s")
 
