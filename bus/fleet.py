@@ -19,6 +19,7 @@ class FleetNode(msgspec.Struct, frozen=True):
     node: NodeId
     active: bool
     layers: tuple[int, ...] = ()
+    layer_count: int = 0  # of its whole model; 0 = it does not say
 
 
 class Coverage(msgspec.Struct, frozen=True):
@@ -48,8 +49,10 @@ def count_nodes(nodes: Iterable[FleetNode]) -> FleetCounts:
 
 
 def total_layers(nodes: Iterable[FleetNode], default: int) -> int:
-    """Layers of the fleet's model: as many as the highest reported one needs, at least `default`."""
-    return max([default, *(layer + 1 for one in nodes for layer in one.layers)])
+    """Layers of the fleet's model: as nodes say, `default` while none does; at least what the highest one needs."""
+    known = list(nodes)
+    said = max((one.layer_count for one in known), default=0)
+    return max([said or default, *(layer + 1 for one in known for layer in one.layers)])
 
 
 def layer_coverage(nodes: Iterable[FleetNode], layers: int) -> Coverage:

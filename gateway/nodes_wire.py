@@ -56,7 +56,7 @@ def node_object(node: NodeView, now_ms: int) -> dict[str, object]:
 
 def status_object(nodes: Sequence[NodeView], now_ms: int, layers_default: int) -> dict[str, object]:
     """nodes: one view a node. layer_coverage: replicas among active nodes, by layer; the rest are counts."""
-    fleet = [FleetNode(node.node, is_active(node), node.layers) for node in nodes]
+    fleet = [FleetNode(node.node, is_active(node), node.layers, node.layer_count) for node in nodes]
     counts = count_nodes(fleet)
     coverage = layer_coverage(fleet, total_layers(fleet, layers_default))
     return {

@@ -14,7 +14,7 @@ async def assign_layers(cell: Cell, events: Sequence[tuple[str, NodeEvent]]) -> 
     """The events, with layers for each registration that omits them; asks for the fleet only if there is one."""
     if not any(_omits_layers(event) for _, event in events):
         return list(events)
-    fleet = [FleetNode(view.node, view.alive, view.layers) for view in await cell.nodes()]
+    fleet = [FleetNode(view.node, view.alive, view.layers, view.layer_count) for view in await cell.nodes()]
     return fill_layers(events, fleet, cell.settings.layers_total)
 
 
@@ -30,7 +30,7 @@ def fill_layers(
     for entry_id, event in events:
         if isinstance(event, NodeRegistered):
             layers = _choose(event, known, default_layers) if event.layers is None else event.layers
-            known[event.node] = FleetNode(event.node, True, layers)
+            known[event.node] = FleetNode(event.node, True, layers, event.layer_count)
             event = msgspec.structs.replace(event, layers=layers)
         filled.append((entry_id, event))
     return filled

@@ -52,6 +52,14 @@ def test_the_model_has_as_many_layers_as_the_highest_reported_one_needs() -> Non
     assert total_layers([], default=32) == 32
 
 
+def test_a_node_that_knows_its_model_says_how_many_layers_there_are():
+    """A node that serves the whole of a 30-layer model covers it: the default must not leave two holes."""
+    whole = FleetNode(NodeId("torch"), True, tuple(range(30)), layer_count=30)
+
+    assert total_layers([whole, node("http", 0, 3)], default=32) == 30
+    assert layer_coverage([whole], total_layers([whole], default=32)).complete
+
+
 def test_the_example_node_of_24_gb_is_given_four_layers() -> None:
     assert layers_for_memory(24, 32) == 4
     assert layers_for_memory(0, 32) == 1
