@@ -44,7 +44,7 @@ def prepare(request: GenerateRequest, model: TextModel, *, context_max: int) -> 
         ready = ""
     else:
         text = "".join(stream.feed(token) for token in forced).encode()
-        if not text.startswith(request.forced_text):
+        if not text.startswith(request.forced_text) or max(forced, default=0) >= model.vocabulary:
             return _node_error("interrupted", "the stored tokens and the stored text of the earlier attempt disagree")
         ready = text[len(request.forced_text) :].decode()
     sequence = Sequence(
@@ -88,6 +88,8 @@ def _prompt_tokens(request: GenerateRequest, model: TextModel, context_max: int)
         raise _Refused("bad_request", f"the prompt cannot be tokenised: {error}") from error
     if not tokens:
         raise _Refused("bad_request", "the prompt is empty")
+    if max(tokens) >= model.vocabulary:
+        raise _Refused("bad_request", "the prompt holds a special token that this model has no embedding for")
     if len(tokens) >= context_max:
         raise _too_long(context_max, str(len(tokens)))
     return tokens

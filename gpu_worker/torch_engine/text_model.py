@@ -44,6 +44,7 @@ class TextModel:
             raise EngineStartError(f"{directory / 'tokenizer.json'}: cannot be read as a tokenizer: {error}") from error
         self.eos = _token_ids(generation.get("eos_token_id", config.get("eos_token_id")))
         self.defaults = _sampling_defaults(generation)
+        self.vocabulary = int(config.get("vocab_size", 0))  # rows of the embedding; ids at or above have none
         self.template = _template(directory, tokenizer_config)
         self.token_bytes = _token_bytes(self.tokenizer, self.eos)
         self._longest_token = max(map(len, self.token_bytes), default=1) or 1

@@ -9,7 +9,7 @@ from gpu_worker.engine import End
 from gpu_worker.torch_engine.assembly import Assembled
 from gpu_worker.torch_engine.prompt import Answer, prepare
 from gpu_worker.torch_engine.rates import Rates, capacity_now, prompt_budget
-from tests.torch_engine.tiny import Outcome, deliver, request, run, tiny_engine, tiny_model
+from tests.torch_engine.tiny import Outcome, deliver, request, run, tiny_engine, tiny_model, tiny_tokenizer
 
 
 def end_of(outcome: Outcome) -> End:
@@ -148,6 +148,25 @@ def test_tokens_that_do_not_spell_the_shown_text_end_interrupted(engine: Assembl
     end = end_of(run(engine, [request("a", "hello", forced=[5, 6], shown=b"something else")])["a"])
 
     assert (end.error_code, end.fault) == ("interrupted", "node")
+
+
+def test_a_stored_token_that_the_model_does_not_have_ends_interrupted(engine: Assembled) -> None:
+    """It would be looked up beyond the embedding, and take all neighbours of the batch with it."""
+    end = end_of(run(engine, [request("a", "hello", forced=[5, 10**6])])["a"])
+
+    assert (end.error_code, end.fault) == ("interrupted", "node")
+
+
+def test_a_prompt_token_without_an_embedding_is_the_clients_error(tmp_path: Path) -> None:
+    """Tokenizers may know more special tokens than the model was built with."""
+    directory = tiny_model(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens(["<|extra|>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+
+    end = end_of(run(tiny_engine(directory), [request("a", "one <|extra|>")])["a"])
+
+    assert (end.error_code, end.fault) == ("bad_request", "client")
 
 
 def test_the_template_may_refuse(engine: Assembled, tmp_path: Path) -> None:
