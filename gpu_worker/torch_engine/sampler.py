@@ -4,10 +4,9 @@ A row's token depends on its logits, its parameters, its seed and its position; 
 work as in Hugging Face's `generate`: temperature, then top_k, then top_p over what top_k left.
 """
 
-import bisect
-import itertools
-
+import numpy
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from gpu_worker.torch_engine.draws import uniform
@@ -38,7 +37,7 @@ def _draw(logits: Tensor, choices: list[SamplingChoice], positions: list[int]) -
     scaled = logits / temperature[:, None]
     whole = torch.logsumexp(scaled, -1)
     likeliest, tokens = scaled.topk(min(CANDIDATES, scaled.shape[1]), -1)
-    masses = torch.exp(likeliest - whole[:, None]).double().tolist()
+    masses = torch.exp(likeliest - whole[:, None]).double().cpu().numpy()
     complete = tokens.shape[1] == scaled.shape[1]
     picked = []
     for row, (choice, position) in enumerate(zip(choices, positions, strict=True)):
@@ -46,7 +45,7 @@ def _draw(logits: Tensor, choices: list[SamplingChoice], positions: list[int]) -
         place = pick(masses[row], choice, draw, complete=complete)
         if place is None:
             rest, order = _rest(scaled[row], tokens[row])
-            ordered = masses[row] + torch.exp(rest - whole[row]).double().tolist()
+            ordered = numpy.concatenate([masses[row], torch.exp(rest - whole[row]).double().cpu().numpy()])
             place = pick(ordered, choice, draw, complete=True)
             assert place is not None
             picked.append(int(torch.cat([tokens[row], order])[place]))
@@ -62,30 +61,30 @@ def _rest(scaled: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
     return values[:left], order[:left]
 
 
-def pick(masses: list[float], choice: SamplingChoice, draw: float, *, complete: bool) -> int | None:
+def pick(masses: ArrayLike, choice: SamplingChoice, draw: float, *, complete: bool) -> int | None:
     """The place drawn among probabilities in falling order, or None if those given may not suffice.
 
     masses: of the likeliest tokens; complete: these are the whole vocabulary. draw: uniform in [0, 1).
     """
-    cumulative = list(itertools.accumulate(masses))
+    cumulative = numpy.cumsum(masses, dtype=numpy.float64)
     if 0 < choice.top_k <= len(cumulative):
         cumulative = cumulative[: choice.top_k]
-        total = cumulative[-1]
+        total = float(cumulative[-1])
     elif complete:
-        total = cumulative[-1]
+        total = float(cumulative[-1])
     elif choice.top_k:
         return None  # the sum over what top_k leaves is not known
     else:
         total = 1.0
     whole_known = complete or choice.top_k > 0
     if choice.top_p < 1.0:
-        kept = bisect.bisect_left(cumulative, choice.top_p * total) + 1
+        kept = int(numpy.searchsorted(cumulative, choice.top_p * total)) + 1
         if kept > len(cumulative) and not whole_known:
             return None
         cumulative = cumulative[:kept]
-        total = cumulative[-1]
+        total = float(cumulative[-1])
         whole_known = True
-    place = bisect.bisect_right(cumulative, draw * total)
+    place = int(numpy.searchsorted(cumulative, draw * total, side="right"))
     if place < len(cumulative):
         return place
     return len(cumulative) - 1 if whole_known else None

@@ -58,13 +58,13 @@ def test_a_tiny_top_p_is_greedy() -> None:
 
 def test_a_flat_distribution_over_many_tokens_reaches_all_of_them() -> None:
     """More than the candidates that are looked at first."""
-    wide = torch.zeros(CANDIDATES * 4)
+    wide = torch.zeros(CANDIDATES * 2)
 
     found = frequencies(choice(), wide)
     with_top_p = frequencies(choice(top_p=0.9), wide)
 
-    assert len(found) > CANDIDATES * 3.8
-    assert CANDIDATES * 3 < len(with_top_p) <= math.ceil(CANDIDATES * 4 * 0.9)
+    assert len(found) > CANDIDATES * 1.9
+    assert CANDIDATES * 1.5 < len(with_top_p) <= math.ceil(CANDIDATES * 2 * 0.9)
 
 
 def test_a_row_draws_the_same_whatever_rows_are_beside_it() -> None:
