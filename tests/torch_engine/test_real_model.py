@@ -44,7 +44,7 @@ def test_it_knows_the_capital_of_france(smol: Assembled) -> None:
 
 def test_its_template_and_its_sampling_defaults_are_its_own(smol: Assembled) -> None:
     assert smol.text.render((Message("user", FRANCE),)) == CHATML
-    assert (smol.text.defaults.temperature, smol.text.defaults.top_p) == (0.2, 0.9)
+    assert smol.text.defaults.temperature == 0
     assert smol.text.encode(CHATML, special=False)[:3] == [1, 9690, 198]
 
 
