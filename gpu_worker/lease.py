@@ -5,6 +5,7 @@ What a node promises by its lease, and when it stops promising:
     engine idle, or made progress within stall_limit      renew every renew_ms
     engine busy without progress, or the service is deaf  no renewal: alive but deaf must lapse
     still so after another stall_limit                    the service ends, and its parent starts a new process
+    this thread fails by a bug                            the process ends: nobody else could say that it is lost
     no successful renewal for self_fence_ms               fenced: publishes and finishes nothing (lease < self fence
                                                           would let another worker begin while this one still speaks)
 
@@ -168,8 +169,13 @@ class LeaseThread:
         except LinkError as error:
             if not self._started.done():
                 self._started.set_exception(error)
-        except Exception:
-            log.exception("the lease thread failed, the lease lapses")
+        except Exception as error:
+            if not self._started.done():
+                self._started.set_exception(error)
+                return
+            # The service would live on without a lease, take its jobs back in vain and never be told: a new process.
+            log.critical("the lease thread crashed, ending the process", exc_info=error)
+            os._exit(EXIT_CRASH)
 
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
