@@ -44,6 +44,7 @@ class Held:
         "bytes_kept",
         "deadline_ms",
         "end",
+        "entry_id",
         "fence",
         "first_s",
         "job_id",
@@ -67,6 +68,7 @@ class Held:
         fence: Fence,
         *,
         route: Route,
+        entry_id: str = "",
         deadline_ms: int = 0,
         asked_s: float = 0.0,
         forced_text: bytes = b"",
@@ -78,6 +80,7 @@ class Held:
         self.sequence: SequenceId = f"{job_id}/{fence}"
         self.route = route
         self.keeps_tokens = keeps_tokens  # False: the server holds no ids of this attempt, only text
+        self.entry_id = entry_id  # of the node's stream
         self.deadline_ms = deadline_ms
         self.asked_s = asked_s  # monotonic, when its entry was read
         self.first_s = 0.0  # when its first piece came; 0 = not yet

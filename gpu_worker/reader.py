@@ -37,6 +37,10 @@ class NodeInbox(Protocol):
 
     async def take_control(self, entries: Sequence[Entry]) -> None: ...
 
+    def on_gone(self) -> None:
+        """The server does not know the node any more; asked for only where the reader was told to notice."""
+        ...
+
 
 class _Served:
     __slots__ = ("control_id", "control_start", "inbox", "pending", "waits_for_room")
@@ -51,11 +55,23 @@ class _Served:
 class NodeReader:
     """One consumer (the holder) on the streams of its nodes. `run` is one task; the rest may be called meanwhile."""
 
-    def __init__(self, cell: Cell, address: ServerAddress, consumer: Holder, *, block_ms: int, name: str) -> None:
+    def __init__(
+        self,
+        cell: Cell,
+        address: ServerAddress,
+        consumer: Holder,
+        *,
+        block_ms: int,
+        name: str,
+        forgets: bool = False,
+    ) -> None:
+        """forgets: a node may be removed under us (HTTP nodes come back by registration only). Its stream is then not
+        made again, where nobody would ever delete it, but its inbox is told. A worker's own node it makes again."""
         cell_key = cell.keys.leases
         self._cell = cell
         self._consumer = consumer
         self._block_ms = block_ms
+        self._may_make = self._is_known if forgets else None
         self._jobs = Reader(address, name=f"{name} jobs", cell_key=cell_key)
         self._control = Reader(address, name=f"{name} control", cell_key=cell_key)
         self._served: dict[NodeId, _Served] = {}
@@ -154,10 +170,23 @@ class NodeReader:
         await self._deliver(batch)
 
     async def _group_read(self, streams: dict[str, str], count: int, block_ms: int) -> Batch:
-        batch = await self._jobs.xreadgroup(WORKERS_GROUP, self._consumer, streams, count=count, block_ms=block_ms)
+        batch = await self._jobs.xreadgroup(
+            WORKERS_GROUP, self._consumer, streams, count=count, block_ms=block_ms, may_make=self._may_make
+        )
         if self._jobs.connected:
             self._heard_s = time.monotonic()
         return batch
+
+    async def _is_known(self, key: str) -> bool:
+        """Whether the node of this stream still exists."""
+        node = next((node for node in self._served if self._cell.keys.node_jobs(node) == key), None)
+        if node is None:
+            return False  # left meanwhile
+        if await self._cell.link.send("EXISTS", self._cell.keys.node(node)):
+            return True
+        self._served[node].inbox.on_gone()
+        self.remove(node)
+        return False
 
     def _ready(self) -> tuple[list[str], int]:
         """The streams of nodes with room, and the largest room among them."""

@@ -33,7 +33,7 @@ from bus.codec.wire import (
 )
 from bus.ids import Fence, Holder, JobId, NodeId
 from bus.keys import WORKERS_GROUP
-from bus.link import Entry, LinkDown, LinkError
+from bus.link import Entry, LinkDown, LinkError, to_entry
 from bus.settings import Settings
 from gpu_worker.engine import End, Engine, GenerateRequest, Piece
 from gpu_worker.lease import LeaseThread, Tenure
@@ -48,6 +48,10 @@ HAND_BACK_TRIES = 5
 LAST_FLUSH_S = 1.0  # of a drain: for what is unsent, and for finishes to be answered
 
 log = logging.getLogger(__name__)
+
+
+class NodeGone(Exception):
+    """The server has forgotten the node that was served here."""
 
 
 class NodeService:
@@ -102,8 +106,8 @@ class NodeService:
     async def run(self, stop: asyncio.Event, farewell: Callable[[], Awaitable[None]] | None = None) -> None:
         """Serve until `stop`, then drain, then say farewell while the lease still holds.
 
-        Raises Superseded when the node belongs to another holder: everything was dropped. Raises EngineFault when the
-        engine ended by itself.
+        Raises Superseded when the node belongs to another holder, NodeGone when it exists no more: everything was
+        dropped. Raises EngineFault when the engine ended by itself.
         """
         self._lease.add(self._tenure)
         try:
@@ -189,6 +193,7 @@ class NodeService:
             return  # it stays pending: read again after the reconnect, or reclaimed as unread
         if payload is None or len(text) < assignment.text_len or len(tokens) < assignment.token_len:
             log.info("job has ended meanwhile", extra={"job": job_id, "fence": fence})
+            await self._put_away(assignment.entry_id, f"{job_id} has no such payload or progress")
             return
         text, tokens = text[: assignment.text_len], tokens[: assignment.token_len]
         await self._begin(assignment, payload, text, tokens, now_s)
@@ -228,6 +233,20 @@ class NodeService:
                 await self._announce_drain()
             else:
                 self._engine.cancel(f"{control.job_id}/{control.fence}")
+
+    async def _put_away(self, entry_id: str, reason: str) -> None:
+        """A dead letter for the entry of an attempt that the server does not know, if it is still there.
+
+        Whatever ends or moves an attempt deletes its entry in the same script, so one that is left was never written
+        by `assign`; it would stay with us, pending, for ever.
+        """
+        try:
+            left = await self._cell.link.send("XRANGE", self._cell.keys.node_jobs(self._node), entry_id, entry_id)
+        except LinkError as error:
+            log.warning("entry not looked at", extra={"entry": entry_id, "error": str(error)})
+            return
+        for raw in left:
+            await self._bury(entry_id, to_entry(raw)[1], reason)
 
     async def _bury(self, entry_id: str, fields: dict[str, bytes], reason: str, *, of_control: bool = False) -> None:
         """A dead letter for an entry that is not ours to understand; a job behind it lapses as unread."""
@@ -308,8 +327,7 @@ class NodeService:
             now_s = time.monotonic()
             finished, stopped = self._publisher.answered(call, answers, now_s)
             for held in stopped:
-                self._engine.cancel(held.sequence)
-                log.info("job is no longer ours", extra={"job": held.job_id, "fence": held.fence})
+                self._let_go(held, "")
             if finished and log.isEnabledFor(logging.INFO):
                 for held in finished:
                     self._log_finished(held, now_s)
@@ -345,14 +363,22 @@ class NodeService:
     def _on_renewed(self, renewed: Renewed, asked_s: float) -> None:
         self._clock_offset_ms = renewed.expires_ms - self._settings.lease_ms - asked_s * 1000
         for sequence, why in renewed.stop.items():
-            if self._publisher.drop(sequence) is not None:
-                log.info("job is no longer ours", extra={"job": sequence, "why": why})
-                self._engine.cancel(sequence)
+            held = self._publisher.drop(sequence)
+            if held is not None:
+                self._let_go(held, why)
         for sequence in renewed.cancel:
             self._engine.cancel(sequence)
         for sequence in renewed.others:
             self._publisher.repeat_finish(sequence)
         self._pump()
+
+    def _let_go(self, held: Held, why: str) -> None:
+        log.info("job is no longer ours", extra={"job": held.job_id, "fence": held.fence, "why": why})
+        self._engine.cancel(held.sequence)
+        self._spawn(self._put_away(held.entry_id, f"{held.sequence} is no attempt of this node"))
+
+    def on_gone(self) -> None:
+        self._fail(NodeGone(f"the node {self._node} was removed"))
 
     def _on_stalled(self) -> None:
         self._fail(EngineFault("the engine makes no progress, a new process must take its place"))
@@ -405,7 +431,9 @@ class NodeService:
                     log.warning("job not handed back yet", extra={"job": held.job_id, "error": str(error)})
                     await asyncio.sleep(self._settings.renew_ms / 1000)
                     continue
-                if not isinstance(outcome, NotYours):
+                if isinstance(outcome, NotYours):
+                    await self._put_away(held.entry_id, f"{held.sequence} is no attempt of this node")
+                else:
                     log.info(
                         "job handed back", extra={"job": held.job_id, "fence": held.fence, "why": why, "detail": detail}
                     )
@@ -416,9 +444,14 @@ class NodeService:
     async def _return_unread(self, assignment: Assignment) -> None:
         """An entry for an earlier holder of this node."""
         try:
-            await self._cell.hand_back(assignment.job_id, assignment.fence, assignment.owner)
+            outcome = await self._cell.hand_back(assignment.job_id, assignment.fence, assignment.owner)
         except LinkError as error:
             log.warning("foreign job not handed back", extra={"job": assignment.job_id, "error": str(error)})
+            return
+        if isinstance(outcome, NotYours):
+            await self._put_away(
+                assignment.entry_id, f"addressed to {assignment.owner}, and the job is {outcome.state}"
+            )
 
     async def _drain(self) -> None:
         """Take no more work, finish what can be finished within the grace, hand the rest back with all its text."""

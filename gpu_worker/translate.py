@@ -29,6 +29,7 @@ def to_held(
         assignment.job_id,
         assignment.fence,
         route=assignment.route,
+        entry_id=assignment.entry_id,
         deadline_ms=assignment.deadline_ms,
         asked_s=now_s,
         forced_text=text,

@@ -7,8 +7,8 @@ reply is due block_ms + 3 s after the call, so a connection that died silently i
 import asyncio
 import logging
 import random
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, NamedTuple, Self
 
 from bus.link.address import Endpoint, ServerAddress
 from bus.link.backoff import backoff_s
@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 Fields = dict[str, bytes]
 Entry = tuple[str, Fields]  # (entry id, fields); no fields: pending, but deleted from the stream
 Batch = list[tuple[str, list[Entry]]]  # (key, its entries), only streams that had some
+MayMake = Callable[[str], Awaitable[bool]]  # whether a group that is missing on this key may be made again
 
 REPLY_GRACE_S = 3.0
 NOGROUP_PAUSE_S = (0.1, 0.5)
@@ -95,17 +96,26 @@ class Reader:
         A stream that comes to exist during the read is seen; one that is added to `streams`, by the next read.
         """
         head = ("XREAD", "COUNT", count, "BLOCK", max(1, block_ms), "STREAMS")
-        return await self._read(pack((*head, *streams.keys(), *streams.values())), block_ms, "", streams)
+        return await self._read(pack((*head, *streams.keys(), *streams.values())), block_ms)
 
     async def xreadgroup(
-        self, group: str, consumer: str, streams: Mapping[str, str | bytes], *, count: int, block_ms: int
+        self,
+        group: str,
+        consumer: str,
+        streams: Mapping[str, str | bytes],
+        *,
+        count: int,
+        block_ms: int,
+        may_make: MayMake | None = None,
     ) -> Batch:
         """XREADGROUP; id ">" for new entries, "0" for the consumer's own pending. Errors as for `xread`.
 
-        A missing group (after a flush or a failover) is made again from 0 MKSTREAM, after 100 to 500 ms.
+        A missing group (after a flush or a failover) is made again from 0 MKSTREAM, after 100 to 500 ms. may_make is
+        asked for each key before that; where it says no, the read answers [] and the next one should leave the key out.
         """
         head = ("XREADGROUP", "GROUP", group, consumer, "COUNT", count, "BLOCK", max(1, block_ms), "STREAMS")
-        return await self._read(pack((*head, *streams.keys(), *streams.values())), block_ms, group, streams)
+        command = pack((*head, *streams.keys(), *streams.values()))
+        return await self._read(command, block_ms, _Groups(group, tuple(streams), may_make))
 
     async def close(self) -> None:
         """A read under way ends with LinkClosed."""
@@ -120,7 +130,7 @@ class Reader:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def _read(self, command: bytes, block_ms: int, group: str, streams: Mapping[str, str | bytes]) -> Batch:
+    async def _read(self, command: bytes, block_ms: int, groups: "_Groups | None" = None) -> Batch:
         deadline = self._loop.time() + block_ms / 1000
         while not self._closed:
             if not self.connected and not await self._reconnect(deadline):
@@ -132,8 +142,8 @@ class Reader:
                 await self._drop()
                 return []
             except _ErrorReply as error:
-                await self._recover(error.text, group, streams)
-                if self._loop.time() >= deadline:
+                again = await self._recover(error.text, groups)
+                if not again or self._loop.time() >= deadline:
                     return []
         raise LinkClosed("the reader was closed")
 
@@ -176,16 +186,18 @@ class Reader:
             raise _ErrorReply(str(answer))
         return answer
 
-    async def _recover(self, text: str, group: str, streams: Mapping[str, str | bytes]) -> None:
-        """Make the next attempt possible, or raise what the caller must hear. None of these errors read anything."""
+    async def _recover(self, text: str, groups: "_Groups | None") -> bool:
+        """Make the next attempt possible, or raise what the caller must hear. None of these errors read anything.
+
+        False: the same read again would fail as well.
+        """
         assert self.info is not None
-        if text.startswith("NOGROUP") and group:
-            await self._make_groups(group, streams)
-            return
+        if text.startswith("NOGROUP") and groups is not None:
+            return await self._make_groups(groups)
         if text.startswith("UNBLOCKED"):  # the key's type changed, or the server is now a replica
             await self._drop()
             await asyncio.sleep(random.uniform(*NOGROUP_PAUSE_S))
-            return
+            return True
         match parse_refusal(text, self.info.endpoint):
             case Elsewhere(endpoint):
                 self._hint = endpoint
@@ -195,18 +207,25 @@ class Reader:
                 await asyncio.sleep(random.uniform(*NOGROUP_PAUSE_S))
             case _:
                 raise to_server_error(text) from None
+        return True
 
-    async def _make_groups(self, group: str, streams: Mapping[str, str | bytes]) -> None:
+    async def _make_groups(self, groups: "_Groups") -> bool:
+        """Whether all may exist."""
         await asyncio.sleep(random.uniform(*NOGROUP_PAUSE_S))
-        for key in streams:
+        all_may = True
+        for key in groups.keys:
+            if groups.may_make is not None and not await groups.may_make(key):
+                all_may = False
+                continue
             try:
-                await self._ask(pack(("XGROUP", "CREATE", key, group, "0", "MKSTREAM")), self._reply_grace_s)
-                log.info("group made", extra={"reader": self.name, "key": key, "group": group})
+                await self._ask(pack(("XGROUP", "CREATE", key, groups.name, "0", "MKSTREAM")), self._reply_grace_s)
+                log.info("group made", extra={"reader": self.name, "key": key, "group": groups.name})
             except LinkDown:
-                return  # the next attempt finds out
+                return True  # the next attempt finds out
             except _ErrorReply as error:
                 if not error.text.startswith("BUSYGROUP"):
                     raise to_server_error(error.text) from None
+        return all_may
 
     def _on_reply(self, reply: Any) -> None:
         if self._reply is not None and not self._reply.done():
@@ -220,6 +239,14 @@ class Reader:
         wire, self._wire = self._wire, None
         if wire is not None:
             await wire.release()
+
+
+class _Groups(NamedTuple):
+    """The group that a read needs on each of its keys."""
+
+    name: str
+    keys: tuple[str, ...]
+    may_make: MayMake | None
 
 
 class _ErrorReply(Exception):

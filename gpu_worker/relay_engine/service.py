@@ -29,7 +29,7 @@ from gpu_worker.reader import NodeReader
 from gpu_worker.relay_engine.call import RelayLimits
 from gpu_worker.relay_engine.engine import RelayEngine, RelayNode
 from gpu_worker.relay_engine.watch import HOLDER_PREFIX, Serving, Unowned, plan_watch, relays_of
-from gpu_worker.service import NodeService
+from gpu_worker.service import NodeGone, NodeService
 from gpu_worker.worker import connected_cell
 
 LOOK_MS_MAX = 1_000  # longest time between two looks at the nodes
@@ -97,7 +97,7 @@ class CellRelay:
         self._lease = lease
         self._parent = parent
         name = f"{cell.settings.node_id} c{cell.cell}"
-        self._reader = NodeReader(cell, address, holder, block_ms=cell.settings.block_ms, name=name)
+        self._reader = NodeReader(cell, address, holder, block_ms=cell.settings.block_ms, name=name, forgets=True)
         self._events = Reader(address, name=f"{name} events", cell_key=cell.keys.leases)
         self._events_id = "$"  # what happened before the first look is seen by it
         self._services: dict[NodeId, _Service] = {}
@@ -186,7 +186,9 @@ class CellRelay:
             log.info("node left", extra={"node": node.id})
         except Exception as error:
             found = leaves(error)
-            if any(isinstance(leaf, Superseded) for leaf in found):
+            if any(isinstance(leaf, NodeGone) for leaf in found):
+                log.info("node is gone", extra={"node": node.id})
+            elif any(isinstance(leaf, Superseded) for leaf in found):
                 log.warning("node taken by another owner", extra={"node": node.id, "reason": str(found[0])})
             elif all(isinstance(leaf, LinkError) for leaf in found):
                 log.warning("node's service lost the server", extra={"node": node.id, "reason": str(found[0])})

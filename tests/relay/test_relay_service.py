@@ -419,3 +419,22 @@ async def test_a_server_that_is_killed_and_comes_back_costs_no_answer(
 
         text, finished = await text_of(handle, timeout_s=30)
         assert text == expected(40) and finished.ended.state == "done"
+
+
+async def test_a_node_that_was_forgotten_leaves_no_key_behind(server: ValkeyServer) -> None:
+    """The relay reads its stream while the sweep removes it; a stream that is made again would stay for ever."""
+    short = {"node_ttl_ms": 600, "node_keep_ms": 900, "beat_ms": 100}
+    async with open_house(server, **short) as house, FakeNode() as node:
+        house.start(run_relay, node_id="r1")
+        await house.register("a", node.url)
+        key = house.cell.keys.node_jobs(NodeId("a"))
+        await wait_until(lambda: house.cell.link.send("EXISTS", key))
+
+        async def is_forgotten() -> bool:
+            return await house.cell.node(NodeId("a")) is None
+
+        await wait_until(is_forgotten, timeout_s=8)
+        await asyncio.sleep(1.2)
+
+        left = await house.cell.link.send("KEYS", f"{house.cell.keys.prefix}*node:a*")
+        assert left == []

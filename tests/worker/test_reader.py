@@ -21,6 +21,7 @@ class Inbox:
 
     def __init__(self, room: int) -> None:
         self.free = room
+        self.gone = False
         self.jobs: list[str] = []
         self.control: list[str] = []
 
@@ -33,6 +34,9 @@ class Inbox:
 
     async def take_control(self, entries: Sequence[Entry]) -> None:
         self.control += [fields["type"].decode() for _, fields in entries]
+
+    def on_gone(self) -> None:
+        self.gone = True
 
 
 @pytest.fixture
@@ -122,3 +126,25 @@ async def test_a_removed_node_gets_nothing_more(cell: Cell, reader: NodeReader):
 
     await wait_until(lambda: stays.jobs == ["2"])
     assert gone.jobs == []
+
+
+async def test_the_stream_of_a_node_that_was_removed_is_not_made_again(cell: Cell, address: ServerAddress):
+    """Nobody would ever delete it. The other nodes of the read go on."""
+    for name in ("a", "b"):
+        await cell.link.send("HSET", cell.keys.node(NodeId(name)), "kind", "http")
+    reader = NodeReader(cell, address, HOLDER, block_ms=300, name="test", forgets=True)
+    running = asyncio.create_task(reader.run())
+    gone, stays = await serve(reader, "a", room=5), await serve(reader, "b", room=5)
+    await give(cell, "a", "1")
+    await wait_until(lambda: gone.jobs == ["1"])
+
+    await cell.link.send("DEL", cell.keys.node(NodeId("a")), cell.keys.node_jobs(NodeId("a")))
+    await wait_until(lambda: gone.gone)
+    await give(cell, "b", "2")
+    await wait_until(lambda: stays.jobs == ["2"])
+    await asyncio.sleep(0.7)
+
+    assert not await cell.link.send("EXISTS", cell.keys.node_jobs(NodeId("a")))
+    assert not stays.gone
+    running.cancel()
+    await asyncio.wait([running])

@@ -8,7 +8,8 @@ from contextlib import asynccontextmanager
 import pytest
 
 from bus.codec.wire import Superseded
-from bus.ids import NodeId
+from bus.ids import ModelName, NodeId
+from bus.jobs import ChatJob, Message, encode_job
 from bus.process.child import ParentLine
 from bus.process.exits import leaves
 from bus.settings import Settings
@@ -131,6 +132,32 @@ async def test_a_foreign_entry_is_put_away_with_its_reason_and_hurts_nobody(hous
         await wait_until(lambda: dead_letters(house, 2))
         assert await house.cell.link.send("XLEN", key) == 0
         assert (await house.cell.link.send("XPENDING", key, "workers"))[0] == 0
+
+
+@pytest.mark.parametrize("odd", [{}, {"owner": "other.1"}, {"payload": b""}, {"text_len": "5"}])
+async def test_a_well_formed_entry_of_no_attempt_is_put_away(house: House, odd: dict[str, str | bytes]):
+    """Its job is unknown, so no script ever deletes it: it would stay pending, and be read at each reconnect."""
+    async with worker(house):
+        node = await house.node("w1")
+        entry: dict[str, str | bytes] = {
+            "job": "c0-g",
+            "fence": "1.a",
+            "owner": node.owner,
+            "route": "gateway:g g x y",
+            "spec": "echo s keep 1 1 9999999999999 1 1",
+            "text_len": "0",
+            "token_len": "0",
+            "payload": encode_job(ChatJob(ModelName("echo"), messages=(Message("user", "hi there"),))),
+            **odd,
+        }
+        key = house.cell.keys.node_jobs(NodeId("w1"))
+        await house.cell.link.send("XADD", key, "*", *(word for pair in entry.items() for word in pair))
+
+        await wait_until(lambda: dead_letters(house, 1))
+        assert await house.cell.link.send("XLEN", key) == 0
+        assert (await house.cell.link.send("XPENDING", key, "workers"))[0] == 0
+        job_id = await house.submit("good neighbour")
+        assert (await house.end_of(job_id)).state == "done"
 
 
 async def dead_letters(house: House, count: int) -> bool:
