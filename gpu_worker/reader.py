@@ -21,6 +21,8 @@ from bus.keys import WORKERS_GROUP
 from bus.link import Batch, Entry, LinkError, Reader, ServerAddress, ServerError
 
 READ_MAX = 512  # entries of one stream in one read
+# Turns of the loop after a delivery: what an instant engine answers is written before the next read is.
+TURNS_FIRST = 5
 PAUSE_S = 0.3  # after an error reply, so that a foreign key under our name makes no hot loop
 
 log = logging.getLogger(__name__)
@@ -146,7 +148,11 @@ class NodeReader:
             await self._wait_for_change("jobs")
             self._heard_s = time.monotonic()  # nothing was asked
             return
-        await self._deliver(await self._group_read(dict.fromkeys(ready, ">"), room, self._block_ms))
+        batch = await self._group_read(dict.fromkeys(ready, ">"), room, self._block_ms)
+        await self._deliver(batch)
+        if batch:
+            for _ in range(TURNS_FIRST):
+                await asyncio.sleep(0)
 
     def _look_for_lost_replies(self, answered: Collection[str]) -> None:
         """After a (re)connect all nodes read their own pending entries, but for those that just did."""
