@@ -10,6 +10,7 @@ Everything it needs lies in `<var_dir>/server/`, readable by its owner only:
 
 import asyncio
 import contextlib
+import errno
 import importlib.util
 import os
 import platform
@@ -107,7 +108,7 @@ def find_binary() -> Path:
 
 def choose_port(remembered: Path) -> int:
     """Last time's port if it is free, otherwise any free one, remembered for the next time."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, OverflowError):
         port = int(remembered.read_text(encoding="utf-8"))
         if is_free("127.0.0.1", port):
             return port
@@ -119,13 +120,16 @@ def choose_port(remembered: Path) -> int:
 
 
 def is_free(host: str, port: int) -> bool:
+    """Raises OSError when it cannot be listened on for another reason than that somebody does."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError:
-            return False
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return False
+            raise
     return True
 
 

@@ -9,6 +9,8 @@ the fleet in order.
 import asyncio
 import contextlib
 import dataclasses
+import io
+import os
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +21,8 @@ from millrace.logs import LogFile, Terminal
 
 STABLE_S = 30.0  # a process that lived this long starts the pauses anew
 PAUSE_MAX_S = 30.0
+GROUP_GRACE_S = 5.0  # for what a process leaves behind in its group: a line of the Procfile without `exec`
+GROUP_LOOK_S = 0.05
 LINE_MAX = 64 * 1024  # a longer line is cut in pieces, so that a reader never waits for its end
 NOT_RUNNABLE = frozenset({EXIT_CONFIG, 126, 127})  # 126, 127: the shell could not run the command
 
@@ -100,7 +104,8 @@ class Keeper:
                     break
                 ends_in_row = count_end(ends_in_row, ended.lived_s)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._stopping.wait(), pause_s(ends_in_row))
+                    async with asyncio.timeout(pause_s(ends_in_row)):
+                        await self._stopping.wait()
         finally:
             self._log.close()
             self.ended.set()
@@ -131,35 +136,53 @@ class Keeper:
     async def _run_once(self) -> tuple[Ended, int]:
         began = time.monotonic()
         self._last_line = ""
-        process = await asyncio.create_subprocess_exec(
-            *self.spec.command,
-            env=self._environ,
-            cwd=self._folder,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,
-        )
+        # A pipe of our own: with asyncio's, the end of the process is told only at the end of its output, which what it
+        # leaves behind may hold open.
+        ours, theirs = os.pipe()
+        output = open(ours, "rb", buffering=0)  # noqa: SIM115, ASYNC230 - closed by its transport
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self.spec.command,
+                env=self._environ,
+                cwd=self._folder,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=theirs,
+                stderr=asyncio.subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except BaseException:
+            output.close()
+            raise
+        finally:
+            os.close(theirs)
         self._process = process
         self._on_start(process.pid)
         if self._stopping.is_set():  # told to stop while it was being started
             self._send(signal.SIGTERM)
         async with asyncio.TaskGroup() as group:
-            pump = group.create_task(self._pump(process), name=f"output of {self.spec.name}")
+            pump = group.create_task(self._pump(output), name=f"output of {self.spec.name}")
             code = await process.wait()
-            await asyncio.wait([pump], timeout=0.2)  # its last words; a grandchild may hold the pipe open
+            await end_group(process.pid)
+            await asyncio.wait(
+                [pump], timeout=0.2
+            )  # its last words; one in a session of its own may hold the pipe open
             pump.cancel()
         return Ended(self.spec.name, code, time.monotonic() - began, self._last_line), process.pid
 
-    async def _pump(self, process: asyncio.subprocess.Process) -> None:
-        assert process.stdout is not None
+    async def _pump(self, output: io.FileIO) -> None:
+        reader = asyncio.StreamReader()
+        protocol = asyncio.StreamReaderProtocol(reader)
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, output)
         rest = b""
-        while chunk := await process.stdout.read(LINE_MAX):
-            *lines, rest = (rest + chunk).split(b"\n")
-            if len(rest) >= LINE_MAX:
-                lines, rest = [*lines, rest], b""
-            for line in lines:
-                self._write(line)
+        try:
+            while chunk := await reader.read(LINE_MAX):
+                *lines, rest = (rest + chunk).split(b"\n")
+                if len(rest) >= LINE_MAX:
+                    lines, rest = [*lines, rest], b""
+                for line in lines:
+                    self._write(line)
+        finally:
+            transport.close()
         if rest:
             self._write(rest)
 
@@ -169,6 +192,28 @@ class Keeper:
         self._last_line = text.strip() or self._last_line
         if self.spec.shown:
             self._terminal.role_line(self.spec.name, text)
+
+
+async def end_group(leader: int) -> None:
+    """End what a dead process left behind in its process group, first in good order, then at once.
+
+    A role's child is not in it: it leads a group of its own and sees its parent's end.
+    """
+    deadline = time.monotonic() + GROUP_GRACE_S
+    left = send_to_group(leader, signal.SIGTERM)
+    while left and time.monotonic() < deadline:
+        await asyncio.sleep(GROUP_LOOK_S)
+        left = send_to_group(leader, 0)
+    send_to_group(leader, signal.SIGKILL)
+
+
+def send_to_group(leader: int, number: int) -> bool:
+    """Whether the group had a process to get it."""
+    try:
+        os.killpg(leader, number)
+    except OSError:
+        return False
+    return True
 
 
 def shell(command: str) -> tuple[str, ...]:

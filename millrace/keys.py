@@ -56,10 +56,11 @@ async def _list(keys: ApiKeys, options: argparse.Namespace) -> None:
 
 async def _revoke(keys: ApiKeys, options: argparse.Namespace, var_dir: Path) -> None:
     """The key of this machine's fleet also loses its file, or `millrace up` would register it again."""
-    local = read_key(var_dir)
-    if local is not None and hash_key(local).startswith(options.id) and len(options.id) >= 8:
-        key_path(var_dir).unlink(missing_ok=True)
     revoked = await keys.revoke(options.id)
+    local = read_key(var_dir)
+    if revoked and local is not None and hash_key(local).startswith(options.id):
+        key_path(var_dir).unlink(missing_ok=True)
+        await keys.revoke(options.id)  # the fleet may have registered it again just before
     if options.json:
         _print_json({"id": options.id, "revoked": revoked})
     elif revoked:

@@ -54,8 +54,12 @@ async def register_key(address: ServerAddress, var_dir: Path) -> None:
         return
     async with client(address, connections_max=1) as redis:
         keys = ApiKeys(redis, cache_s=0)
-        if await keys.check(key) is None:
-            made_ms = int(key_path(var_dir).stat().st_mtime * 1000)
-            created = await keys.create(SCOPES, user="local", key=key, created_ms=made_ms)
-            log.info("api key registered", extra={"id": created.record.id})
-        await keys.close()
+        try:
+            if await keys.check(key) is None:
+                made_ms = int(key_path(var_dir).stat().st_mtime * 1000)
+                created = await keys.create(SCOPES, user="local", key=key, created_ms=made_ms)
+                log.info("api key registered", extra={"id": created.record.id})
+        except FileNotFoundError:
+            return  # revoked at this moment
+        finally:
+            await keys.close()

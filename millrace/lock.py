@@ -5,6 +5,7 @@ them every process of the fleet. The file holds the process id of `millrace up`,
 long as the lock is held, that id can belong to nobody else.
 """
 
+import contextlib
 import fcntl
 import os
 import time
@@ -64,9 +65,13 @@ def wait_until_free(var_dir: Path, timeout_s: float) -> bool:
 
 
 def _alive(written: bytes) -> int:
+    """The process id if it runs, else 0. A killed process that nobody has waited for yet does not run."""
     try:
         pid = int(written)
         os.kill(pid, 0)
     except (ValueError, OSError):
         return 0
+    with contextlib.suppress(OSError):  # Linux
+        if Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] == "Z":
+            return 0
     return pid

@@ -4,6 +4,8 @@ A terminal may be slow or stopped (Ctrl-S); the fleet must not wait for it. So t
 queue to a thread of their own and are dropped when it is full, with a note of how many. The files have all of them.
 """
 
+import io
+import os
 import queue
 import sys
 import threading
@@ -60,21 +62,28 @@ class Terminal:
                 continue
 
 
+def open_private(path: Path) -> io.FileIO:
+    """For appending; readable by its owner only, whatever the logs of a fleet may say."""
+    file = io.FileIO(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600), "ab")
+    os.fchmod(file.fileno(), 0o600)
+    return file
+
+
 class LogFile:
     """Appends lines to a file; beyond `size_max` bytes the file becomes `<name>.1`, of which one is kept."""
 
     def __init__(self, path: Path, size_max: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path = path
         self._size_max = size_max
-        self._file = path.open("ab", buffering=0)
+        self._file = open_private(path)
         self._size = path.stat().st_size
 
     def write(self, line: bytes) -> None:
         if self._size + len(line) + 1 > self._size_max and self._size > 0:
             self._file.close()
             self.path.replace(self.path.with_name(self.path.name + ".1"))
-            self._file = self.path.open("ab", buffering=0)
+            self._file = open_private(self.path)
             self._size = 0
         try:
             self._file.write(line + b"\n")

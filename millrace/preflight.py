@@ -22,6 +22,8 @@ def merged_environ(environ: Mapping[str, str], folder: Path) -> dict[str, str]:
         text = (folder / ".env").read_text(encoding="utf-8")
     except OSError:
         return dict(environ)
+    except UnicodeDecodeError as error:
+        raise CannotStart(f"{folder / '.env'} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     return {**parse_env_file(text), **environ}
 
 
@@ -33,6 +35,8 @@ def read_procfile(path: Path) -> dict[str, str]:
         raise CannotStart(
             f"there is no {path}: run this in the folder of Millrace, or name one with --procfile"
         ) from None
+    except UnicodeDecodeError as error:
+        raise CannotStart(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     lines: dict[str, str] = dict(parse_procfile(text).processes)
     if not lines:
         raise CannotStart(f"{path} has no line of the form `name: command`")
@@ -51,8 +55,16 @@ def check_ports(ports: Mapping[str, int], host: str) -> None:
             "both gateways have the same port: set MILLRACE_GATEWAY_PORT or MILLRACE_GATEWAY2_PORT to another"
         )
     for name, port in ports.items():
-        if not is_free(host, port):
-            setting = "MILLRACE_GATEWAY_PORT" if name == "gateway" else "MILLRACE_GATEWAY2_PORT"
+        setting = "MILLRACE_GATEWAY_PORT" if name == "gateway" else "MILLRACE_GATEWAY2_PORT"
+        if port == 0:
+            raise CannotStart(f"{setting}=0 is for a gateway alone, whose log says its port: set it to a free port")
+        try:
+            free = is_free(host, port)
+        except OSError as error:
+            raise CannotStart(
+                f"cannot listen on {host} port {port} ({error.strerror}): set MILLRACE_GATEWAY_HOST or {setting}"
+            ) from error
+        if not free:
             raise CannotStart(
                 f"port {port} on {host} is taken: stop what listens there, or set {setting} to a free port"
             )

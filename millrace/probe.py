@@ -9,7 +9,8 @@ LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
 async def is_ready(host: str, port: int) -> str:
     """ "" if /ready answers 200, otherwise why not."""
     try:
-        status, body = await asyncio.wait_for(_get(LOOPBACK_OF.get(host, host), port, "/ready"), TIMEOUT_S)
+        async with asyncio.timeout(TIMEOUT_S):
+            status, body = await _get(LOOPBACK_OF.get(host, host), port, "/ready")
     except TimeoutError:
         return "it does not answer"
     except (OSError, ValueError, IndexError) as error:

@@ -55,8 +55,13 @@ async def run_up(settings: Settings, environ: Mapping[str, str], folder: Path, p
 
 def _lock(var_dir: Path) -> FleetLock:
     """The fleet's lock. A fleet whose `millrace up` was killed is waited for: its warden is ending it."""
-    var_dir.mkdir(parents=True, exist_ok=True)
-    lock = take_lock(var_dir)
+    try:
+        var_dir.mkdir(parents=True, exist_ok=True)
+        lock = take_lock(var_dir)
+    except OSError as error:
+        raise CannotStart(
+            f"cannot keep files in {var_dir} ({error.strerror}): set MILLRACE_VAR_DIR to a folder of your own"
+        ) from error
     if lock is None and running_pid(var_dir) == 0:
         print("waiting for the rest of a killed fleet to end ...", flush=True)
         wait_until_free(var_dir, OLD_FLEET_WAIT_S)
@@ -85,6 +90,7 @@ class Fleet:
         self._force = asyncio.Event()
         self._ready = False
         self._stopping = False
+        self._ending = False  # `_stop` runs; a cancel would break it off
         self._problem: str | None = None  # why the start was given up
         self._serving: asyncio.Task[None] | None = None
 
@@ -114,6 +120,8 @@ class Fleet:
             self._start_roles(keepers, url)
             began = time.monotonic()
             await self._wait_until_ready()
+            if self._stopping:
+                return
             self._ready = True
             for line in banner(self._settings, gateway_ports(self._lines, self._settings), key, url):
                 self._terminal.line(line)
@@ -126,6 +134,8 @@ class Fleet:
         if self._stopping:
             self._terminal.line("stopping now, without waiting for running answers")
             self._force.set()
+            if not self._ending and self._serving is not None:
+                self._serving.cancel()
             return
         self._terminal.line("stopping; press Ctrl-C again to stop at once")
         self._give_up(None)
@@ -224,7 +234,7 @@ class Fleet:
         """Until /ready of each gateway answers 200. Says from time to time what is missing; the roles log why."""
         ports = gateway_ports(self._lines, self._settings)
         said = time.monotonic()
-        while True:
+        while not self._stopping:
             answers = {name: await is_ready(self._settings.gateway_host, port) for name, port in ports.items()}
             missing = {name: why for name, why in answers.items() if why}
             if not missing:
@@ -237,7 +247,7 @@ class Fleet:
 
     async def _stop(self) -> None:
         """Roles together, then the server; each bounded. Runs also when the start failed half-way."""
-        self._stopping = True
+        self._stopping = self._ending = True
         grace_s = self._settings.drain_grace_ms / 1000 + STOP_MARGIN_S
         async with asyncio.TaskGroup() as stops:
             for role in self._roles:

@@ -44,30 +44,36 @@ def main() -> None:
 
 
 def end(pids: Iterable[int], grace_s: float) -> None:
-    """SIGTERM, then SIGKILL to what is left. Each leads a session of its own, which shows that it is ours."""
-    left = {pid for pid in pids if leads_session(pid)}
+    """SIGTERM, then SIGKILL to what is left of each group: a line without `exec` leaves more than its leader.
+
+    Each leads a session of its own, which shows that it is ours.
+    """
+    left = {pid for pid in pids if is_ours(pid)}
     for pid in left:
         send(pid, signal.SIGTERM)
     deadline = time.monotonic() + grace_s
     while left and time.monotonic() < deadline:
         time.sleep(0.1)
-        left = {pid for pid in left if leads_session(pid)}
+        left = {pid for pid in left if is_ours(pid) and send(pid, 0)}
     for pid in left:
         send(pid, signal.SIGKILL)
 
 
-def leads_session(pid: int) -> bool:
+def is_ours(pid: int) -> bool:
+    """It leads its session, or is gone, so that its number can only name the group that it left behind."""
     try:
         return os.getsid(pid) == pid
     except OSError:
-        return False
+        return True
 
 
-def send(pid: int, number: int) -> None:
+def send(pid: int, number: int) -> bool:
+    """To the whole group; whether there is one."""
     try:
-        os.kill(pid, number)
+        os.killpg(pid, number)
     except OSError:
-        pass
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ async def keep_doing(what: str, step: Callable[[], Awaitable[object]], stop: asy
 async def pause(stop: asyncio.Event, seconds: float) -> None:
     """Sleep, but not beyond the stop."""
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(stop.wait(), seconds)
+        async with asyncio.timeout(seconds):
+            await stop.wait()
 
 
 async def until_done(tasks: Iterable[asyncio.Task[None]], unblock: Callable[[], Awaitable[None]]) -> None:
