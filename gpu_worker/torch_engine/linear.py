@@ -6,14 +6,20 @@ another path for 1-3 rows, measured), so each way to multiply is *probed* once w
 
     | way         | what it is                                              | on this kind of CPU                      |
     |-------------|---------------------------------------------------------|------------------------------------------|
+    | `half`      | FBGEMM: the weight as float16, products in float32      | AVX2: invariant for rows % 3 = 0         |
     | `packed`    | oneDNN, weight reordered once into its blocked layout   | float32 AVX2: invariant for all rows     |
     | `plain`     | torch's own F.linear                                    | float32 AVX2: invariant for rows % 4 = 0 |
+
+The first that is there is taken, never the one that measures best: engines on equal machines must choose alike,
+whatever load they start under. `half` only holds a weight that float16 can hold exactly, if need be times a power of
+two: one converted from GGUF, or nearly any that was bfloat16. It reads half the memory, and that is what few rows cost.
 
 `row_multiple` says what the probe found: rows are padded to it. None: no multiple helps; then rows go through in
 tiles of `TILE_ROWS`, so that the shape is always the same one, and only the speed suffers.
 """
 
 import logging
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,8 +30,12 @@ log = logging.getLogger(__name__)
 
 RowOp = Callable[[Tensor], Tensor]  # (rows, in) -> (rows, out)
 TILE_ROWS = 16
-MULTIPLES = (1, 2, 4, 8, 16)
-PROBE_ROWS = (1, 2, 3, 4, 5, 8, 12, 16, 31, 32, 64)
+MULTIPLES = (1, 2, 3, 4, 6, 8, 12, 16)
+PROBE_ROWS = 192  # a multiple of all of them
+PROBE_ROWS_LARGE = 48  # of a weight that would make the probe slow
+LARGE = 1 << 22
+PART_ROWS = 4096  # of a weight looked at in one piece, so that copies stay small
+HALF_EXPONENT_MAX = 15  # float16 ends just below 2^16
 
 
 class Linear:
@@ -62,37 +72,83 @@ class LinearFactory:
 
     def build(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """weight: (out, in) in the engine's dtype on its device; the packed form keeps no reference to it."""
-        kind, multiply = _packed(weight, bias) if self.device.type == "cpu" else ("plain", _plain(weight, bias))
+        kind, multiply = self._choose(weight, bias)
         return Linear(multiply, kind, self._row_multiple(kind, multiply, weight))
+
+    def _choose(self, weight: Tensor, bias: Tensor | None) -> tuple[str, RowOp]:
+        if self.device.type == "cpu":
+            half = _half(weight, bias) if self.exact else None
+            found = half or _packed(weight, bias)
+            if found is not None:
+                return found
+        return "plain", _plain(weight, bias)
 
     def _row_multiple(self, kind: str, multiply: RowOp, weight: Tensor) -> int | None:
         if not self.exact:
             return 1
         key = (kind, weight.shape[0], weight.shape[1])
         if key not in self._row_multiples:
-            found = probe_row_multiple(multiply, weight.shape[1])
+            most = PROBE_ROWS if weight.numel() < LARGE else PROBE_ROWS_LARGE
+            found = probe_row_multiple(multiply, weight.shape[1], most)
             self._row_multiples[key] = found
             log.info("matrix product chosen", extra={"kind": kind, "shape": key[1:], "row_multiple": found})
         return self._row_multiples[key]
 
 
-def probe_row_multiple(multiply: RowOp, width: int) -> int | None:
-    """The least multiple to pad rows to, so that every row's result is the same bits in every such batch."""
-    generator = torch.Generator().manual_seed(1)
-    rows = torch.randn(PROBE_ROWS[-1], width, generator=generator)
+def probe_row_multiple(multiply: RowOp, width: int, most: int = PROBE_ROWS) -> int | None:
+    """The least multiple to pad rows to, so that every row's result is the same bits in every such batch.
+
+    most: rows to try, a multiple of all MULTIPLES. The last rows of the whole are tried as batches of their own, so
+    a row is seen in other numbers and at other places.
+    """
+    rows = torch.randn(most, width, generator=torch.Generator().manual_seed(1))
     whole = multiply(rows)
-    same = {count: torch.equal(multiply(rows[:count]), whole[:count]) for count in PROBE_ROWS}
-    same_elsewhere = torch.equal(multiply(rows[16:32]), whole[16:32])
-    fitting = (m for m in MULTIPLES if all(same[count] for count in PROBE_ROWS if count % m == 0))
-    return next(fitting, None) if same_elsewhere else None
+    counts = [count for count in range(1, most) if count <= 9 or count in (12, 16) or count % 12 in (0, 3, 4, 6, 8)]
+    same = {count: torch.equal(multiply(rows[-count:]), whole[-count:]) for count in counts}
+    return next((m for m in MULTIPLES if all(same[count] for count in counts if count % m == 0)), None)
 
 
 def _plain(weight: Tensor, bias: Tensor | None) -> RowOp:
     return lambda x: functional.linear(x, weight, bias)
 
 
-def _packed(weight: Tensor, bias: Tensor | None) -> tuple[str, RowOp]:
-    """oneDNN with the weight in its own blocked layout; plain where this build or machine cannot."""
+def half_exponent(weight: Tensor) -> int | None:
+    """The n for which float16 holds weight * 2^n exactly; None if there is none."""
+    largest = max(abs(float(edge)) for edge in weight.aminmax())
+    if largest == 0.0 or not math.isfinite(largest):
+        return None if largest else 0
+    fitting = HALF_EXPONENT_MAX - math.frexp(largest)[1]
+    return next((n for n in (0, fitting) if all(_fits(part * 2.0**n) for part in torch.split(weight, PART_ROWS))), None)
+
+
+def _fits(scaled: Tensor) -> bool:
+    return torch.equal(scaled.half().float(), scaled)
+
+
+def _half(weight: Tensor, bias: Tensor | None) -> tuple[str, RowOp] | None:
+    """FBGEMM with the weight in float16. None where it would lose a bit, or this build or machine cannot."""
+    exponent = half_exponent(weight)
+    if exponent is None:
+        return None
+    raised, lowered = 2.0**exponent, 2.0**-exponent
+    try:
+        scaled = weight * raised if exponent else weight
+        packed = torch.ops.quantized.linear_prepack_fp16(scaled, None if bias is None else bias * raised)
+        dynamic = torch.ops.quantized.linear_dynamic_fp16
+
+        def multiply(x: Tensor) -> Tensor:
+            result: Tensor = dynamic(x, packed)
+            return result if exponent == 0 else result.mul_(lowered)
+
+        multiply(torch.zeros(1, weight.shape[1]))
+        return "half", multiply
+    except (RuntimeError, AttributeError, NotImplementedError) as error:  # x86 builds with FBGEMM only
+        log.info("half product not available", extra={"reason": str(error).splitlines()[0]})
+        return None
+
+
+def _packed(weight: Tensor, bias: Tensor | None) -> tuple[str, RowOp] | None:
+    """oneDNN with the weight in its own blocked layout. None where this build or machine cannot."""
     try:
         blocked = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
         pointwise = torch.ops.mkldnn._linear_pointwise
@@ -105,4 +161,4 @@ def _packed(weight: Tensor, bias: Tensor | None) -> tuple[str, RowOp]:
         return "packed", multiply
     except (RuntimeError, AttributeError, NotImplementedError) as error:  # private ops: any build may lack them
         log.info("packed product not available", extra={"reason": str(error).splitlines()[0]})
-        return "plain", _plain(weight, bias)
+        return None

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional
 
 from gpu_worker.torch_engine import attention
 from gpu_worker.torch_engine.attention import KV_TILE, add_tiles, attend, reference_attend
@@ -15,7 +16,7 @@ from gpu_worker.torch_engine.batch import build_batch, round_tiles
 from gpu_worker.torch_engine.config import BLOCK_TOKENS
 from gpu_worker.torch_engine.kv_blocks import BlockPool
 from gpu_worker.torch_engine.kv_cache import KVCache
-from gpu_worker.torch_engine.linear import LinearFactory, probe_row_multiple
+from gpu_worker.torch_engine.linear import LinearFactory, half_exponent, probe_row_multiple
 from gpu_worker.torch_engine.loader import load_weights
 from gpu_worker.torch_engine.model import Decoder
 from gpu_worker.torch_engine.model_config import ModelConfig, parse_config, rope_frequencies
@@ -163,6 +164,27 @@ def test_the_probe_finds_a_product_that_depends_on_its_batch() -> None:
     assert probe_row_multiple(lambda x: x * 2.0, 8) == 1
     assert probe_row_multiple(uneven, 8) == 4
     assert probe_row_multiple(hopeless, 8) is None
+
+
+def test_a_weight_is_held_as_float16_only_if_no_bit_is_lost() -> None:
+    """Times a power of two if that helps: bfloat16 has float16's digits to spare, but reaches smaller numbers."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(40, 24, generator=generator)
+    small = (weight * 1e-4).bfloat16().float()
+    wide = weight.half().float() * torch.logspace(-6, 6, 24)
+
+    assert half_exponent(weight.half().float()) == 0
+    assert half_exponent(torch.zeros(4, 4)) == 0
+    assert half_exponent(weight) is None
+    assert half_exponent(wide) is None
+    exponent = half_exponent(small)
+    assert exponent
+    assert torch.equal((small * 2.0**exponent).half().double() * 2.0**-exponent, small.double())
+    for matrix in (weight, wide, small):
+        bias = torch.randn(40, generator=generator)
+        x = torch.randn(5, 24, generator=generator)
+        expected = functional.linear(x.double(), matrix.double(), bias.double())
+        torch.testing.assert_close(FACTORY.build(matrix, bias)(x).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_attention_pads_rows_to_what_the_probe_finds() -> None:
