@@ -12,7 +12,7 @@ from bus.cell import Cell
 from bus.codec.wire import Refused, Submission
 from bus.jobs import estimate_new_tokens, estimate_prompt_tokens
 from bus.keys import DISPATCHER_GROUP
-from bus.link import Entry, Fields, LinkError, Reader
+from bus.link import Entry, Fields, LinkError, Reader, ServerError
 from bus.link.group import GroupReader
 from dispatcher.door import DoorJob, DoorRefusal, read_entry
 
@@ -50,17 +50,27 @@ class FrontDoor:
         asked = read_entry(
             entry_id, fields, cell=self._cell.cell, cells=self._settings.cells, default_model=self._settings.model
         )
-        if isinstance(asked, DoorRefusal):
-            await self._cell.reject(entry_id, asked.code, asked.message, asked.out, asked.job_id, fields)
-            log.info(
-                "refused", extra={"entry": entry_id, "job": asked.job_id, "code": asked.code, "why": asked.message}
-            )
-            return
-        admitted = await self._cell.admit(entry_id, to_submission(asked, self._settings.job_deadline_ms))
+        refusal = await self._admit(entry_id, asked) if isinstance(asked, DoorJob) else asked
+        if refusal is not None:
+            await self._cell.reject(entry_id, refusal.code, refusal.message, refusal.out, refusal.job_id, fields)
+            _log_refusal(entry_id, refusal)
+
+    async def _admit(self, entry_id: str, asked: DoorJob) -> DoorRefusal | None:
+        """What is still to be answered: an entry that the server refuses must not come again for ever."""
+        try:
+            admitted = await self._cell.admit(entry_id, to_submission(asked, self._settings.job_deadline_ms))
+        except ServerError as error:
+            if error.may_pass:
+                raise
+            return DoorRefusal(asked.job_id, "server_error", f"the server refuses it: {error}", asked.out)
         if isinstance(admitted, Refused):
-            log.info(
-                "refused", extra={"entry": entry_id, "job": asked.job_id, "code": admitted.code, "why": admitted.reason}
-            )
+            _log_refusal(entry_id, DoorRefusal(asked.job_id, admitted.code, admitted.reason, asked.out))
+        return None
+
+
+def _log_refusal(entry_id: str, refusal: DoorRefusal) -> None:
+    extra = {"entry": entry_id, "job": refusal.job_id, "code": refusal.code, "why": refusal.message}
+    log.info("refused", extra=extra)
 
 
 def to_submission(asked: DoorJob, deadline_in_ms: int) -> Submission:

@@ -29,6 +29,8 @@ from dispatcher.passes import Passes
 from dispatcher.sharing import HOLDER_PREFIX, Share
 from dispatcher.wakes import Wakes
 
+LEASES_AHEAD = 10  # nobody's lease lasts as long: what claims to is no dispatcher, and must not own queues for ever
+
 log = logging.getLogger(__name__)
 
 
@@ -91,7 +93,8 @@ class Dispatcher:
         """Renew the lease and see who else has one; another set of dispatchers means other queues."""
         settings, keys = self._settings, self._cell.keys
         expires_ms = await self._cell.lease(self._holder)
-        live = await self._cell.link.send("ZRANGEBYSCORE", keys.leases, f"({expires_ms - settings.lease_ms}", "+inf")
+        now_ms, far_ms = expires_ms - settings.lease_ms, expires_ms + LEASES_AHEAD * settings.lease_ms
+        live = await self._cell.link.send("ZRANGEBYSCORE", keys.leases, f"({now_ms}", far_ms)
         share = Share(self._holder, [raw.decode(errors="replace") for raw in live])
         if share.members != self.passes.share.members:
             log.info("dispatchers", extra={"cell": self._cell.cell, "me": self._holder, "members": len(share.members)})

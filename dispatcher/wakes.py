@@ -10,14 +10,11 @@ import logging
 from bus.cell import Cell
 from bus.codec.entries import parse_wake
 from bus.codec.events import ForeignEntry
-from bus.ids import is_model_name
-from bus.keys import PRIORITIES, QueueName, queue_model, queue_name
 from bus.link import Entry, Reader
 from dispatcher.board import order_of
 from dispatcher.passes import Passes
 
 COUNT = 1_000
-NAMES_MAX = 1_000
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +29,6 @@ class Wakes:
         self._key = cell.keys.wake
         self._last_id = ""
         self._generation = 0
-        self._checked: set[QueueName] = set()
 
     async def step(self) -> None:
         """One read, at most BLOCK long."""
@@ -61,8 +57,6 @@ class Wakes:
         entry_id, fields = entry
         try:
             wake = parse_wake(fields)
-            if wake.queue:
-                self._check(wake.queue)
         except ForeignEntry as reason:
             log.warning("dead letter", extra={"stream": "wake", "entry": entry_id, "why": str(reason)})
             await self._cell.dead_letter(self._key, entry_id, str(reason), fields)
@@ -71,17 +65,3 @@ class Wakes:
             self._passes.wake(wake.queue, wake.head)
         else:
             self._passes.wake_room()
-
-    def _check(self, queue: QueueName) -> None:
-        """Raises ForeignEntry if no queue can have this name."""
-        if queue not in self._checked:
-            check_queue(queue)
-            if len(self._checked) < NAMES_MAX:
-                self._checked.add(queue)
-
-
-def check_queue(name: QueueName) -> None:
-    """Raises ForeignEntry if no queue can have this name."""
-    model = queue_model(name)
-    if not is_model_name(model) or name not in {queue_name(model, priority) for priority in PRIORITIES}:
-        raise ForeignEntry(f"queue {name[:80]!r} is none")

@@ -24,4 +24,5 @@ def kind_of(event: NodeEvent) -> Kind:
 
 def to_news(entry_id: str, event: NodeEvent) -> News:
     epoch = 0 if isinstance(event, HttpBeat) else event.epoch
-    return News(epoch, parse_entry_id(entry_id), kind_of(event), event.node)
+    sender = event.key_id if isinstance(event, NodeRegistered | HttpBeat | NodeBye) else ""
+    return News(epoch, parse_entry_id(entry_id), kind_of(event), event.node, sender)

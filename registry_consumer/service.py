@@ -22,8 +22,9 @@ from contextlib import AsyncExitStack
 
 from bus.cell import Cell
 from bus.codec.events import ForeignEntry, NodeEvent, NodeRegistered, parse_event
+from bus.codec.fields import MOMENT_MAX
 from bus.codec.wire import Applied
-from bus.ids import NodeId
+from bus.ids import NodeId, is_node_id
 from bus.keys import REGISTRY_GROUP, CellKeys
 from bus.link import Entry, Fields, Link, LinkError, Reader, ServerAddress, ServerError
 from bus.link.group import GroupReader
@@ -36,7 +37,6 @@ from registry_consumer.fold import to_apply
 from registry_consumer.news import kind_of, to_news
 
 BATCH = 500
-MAY_PASS = {"OOM", "READONLY", "LOADING", "BUSY", "MASTERDOWN", "NOREPLICAS", "MISCONF", "NOPERM", "CLUSTERDOWN"}
 AGE_EVERY_S = 1.0
 
 log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ class Registry:
         try:
             return (await self._cell.apply_events([(entry_id, event)]))[0]
         except ServerError as error:
-            if error.code in MAY_PASS:
+            if error.may_pass:
                 raise
             await self._bury(entry_id, f"the server refuses it: {error}", fields)
             return None
@@ -137,7 +137,7 @@ class Registry:
             if not fields:
                 continue  # pending, but deleted meanwhile: acknowledged with the rest
             try:
-                events[entry_id] = parse_event(fields)
+                events[entry_id] = parse_event(fields, entry_id)
             except ForeignEntry as reason:
                 await self._bury(entry_id, str(reason), fields)
         return events
@@ -166,6 +166,13 @@ class Registry:
         raw = await self._cell.link.send(
             "ZRANGEBYSCORE", self._cell.keys.nodes_known, "-inf", f"({before_ms}", "WITHSCORES"
         )
-        silent = [(NodeId(name.decode()), int(float(score))) for name, score in zip(raw[::2], raw[1::2], strict=True)]
+        beats = dict(zip(raw[::2], raw[1::2], strict=True))
+        ours = await self._cell.members(self._cell.keys.nodes_known, beats, is_node_id, "no node's id")
+        silent = [(NodeId(name), _to_ms(beats[name.encode()])) for name in ours]
         self._said = {node: beat_ms for node, beat_ms in silent if self._said.get(node) == beat_ms}
         return silent
+
+
+def _to_ms(score: bytes) -> int:
+    """A time in a zset; anybody may have put an infinite one there."""
+    return int(min(max(float(score), 0.0), MOMENT_MAX))

@@ -1,6 +1,7 @@
 """What all calls of a cell share: its link, its keys, its settings, and how answers of scripts are read."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -14,6 +15,8 @@ from bus.settings import Settings
 
 TEXT_IN_END_MAX = 256 * 1024  # bytes; a longer answer is read from its own key
 CHANGE_TRIES_MAX = 8  # each retry means that somebody else changed the job in between
+
+log = logging.getLogger(__name__)
 
 
 class JobPlace(msgspec.Struct, frozen=True):
@@ -45,6 +48,20 @@ class CellBase:
 
     async def _call(self, name: str, keys: Sequence[str], args: Sequence[str | bytes | int]) -> Any:
         return await self.link.script(load_script(name), keys, args)
+
+    async def members(self, key: str, raw: Iterable[bytes], is_ours: Callable[[str], bool], reason: str) -> list[str]:
+        """Members of a set or zset as texts. Anybody may add to one: those that are not ours are put away, each as
+        one entry in `dead` with the reason."""
+        ours = []
+        for one in raw:
+            word = one.decode("utf-8", "replace")
+            if is_ours(word):
+                ours.append(word)
+                continue
+            name = key.removeprefix(self.keys.prefix)
+            log.warning("dead letter", extra={"source": name, "member": word[:80], "why": reason})
+            await self._call("cast_out", [self.keys.dead, key], [one, reason, self.settings.dead_keep_ms, name])
+        return ours
 
     async def _place(self, job_id: JobId) -> JobPlace | None:
         values = await self.link.send("HMGET", self.keys.job(job_id), "fence", "route", "place", "spec")

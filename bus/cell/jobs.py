@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -10,8 +10,9 @@ import orjson
 
 from bus.cell.base import CellBase
 from bus.cell.view import to_node_view
-from bus.codec.entries import Fields, parse_queued
+from bus.codec.entries import parse_queued
 from bus.codec.events import ForeignEntry
+from bus.codec.fields import Fields, is_queue_name
 from bus.codec.wire import (
     NO_FENCE,
     Accepted,
@@ -30,7 +31,7 @@ from bus.codec.wire import (
 from bus.ids import Fence, JobId
 from bus.jobs import encode_job
 from bus.keys import QueueName, queue_model, queue_name
-from bus.link import Link, LinkClosed, LinkError, ServerError
+from bus.link import Link, LinkClosed, LinkError, ServerError, to_entry
 from bus.scripts import load_script
 from bus.settings import Settings
 
@@ -38,6 +39,7 @@ PICKS_MAX = 64
 SUBMITS_MAX = 64
 PAYLOAD_INLINE_MAX = 8192  # bytes; `_create.lua` says the same
 OOM_RETRY_MS = 5_000
+NO_CURSORS: Mapping[QueueName, str] = {}
 
 
 class _Waiting(NamedTuple):
@@ -90,18 +92,22 @@ class JobCalls(CellBase):
         answer = await self._call(
             "admit",
             [*keys, self.keys.jobs, self.keys.dead],
-            [*args, entry_id, settings.out_ttl_ms, settings.dead_keep_ms, settings.front_door_max],
+            [
+                *(*args, entry_id, settings.out_ttl_ms, settings.dead_keep_ms, settings.front_door_max),
+                *(word for code in REASONS for word in (code, REASONS[code])),
+            ],
         )
         return None if answer[0] == b"gone" else self._to_accepted(submission, answer)
 
     async def reject(self, entry_id: str, code: str, message: str, out: str, job_id: JobId, fields: Fields) -> bool:
         """The other end of an entry of `jobs`: dead letter, `type=end` with the error on `out` (if any), ack, delete.
 
-        False: the entry was gone, nothing was done."""
+        If a job of this id exists, the end says `duplicate` with its state: the job's own end is still to come, or
+        has been. False: the entry was gone, nothing was done."""
         keys, settings = self.keys, self.settings
         answer = await self._call(
             "reject",
-            [keys.jobs, keys.dead, keys.out(out) if out else keys.dead, keys.events],
+            [keys.jobs, keys.dead, keys.out(out) if out else keys.dead, keys.events, keys.job(job_id)],
             [
                 *(entry_id, job_id, code, message[:500], to_evidence(fields), settings.out_ttl_ms),
                 *(settings.dead_keep_ms, "1" if out else ""),
@@ -109,24 +115,34 @@ class JobCalls(CellBase):
         )
         return bool(answer)
 
-    async def look(self, queues: Sequence[QueueName] = (), heads: int = 64) -> CellView:
+    async def look(
+        self, queues: Sequence[QueueName] = (), heads: int = 64, after: Mapping[QueueName, str] = NO_CURSORS
+    ) -> CellView:
         """The first `heads` entries of each queue and every known node of their models; no queue named = all.
 
-        Entries that are not ours are dead-lettered and deleted on the way. Reads only, otherwise.
+        after: an entry id for each queue that is to be read from beyond it. Entries that are not ours are
+        dead-lettered and deleted on the way. Reads only, otherwise.
         """
         keys, send = self.keys, self.link.send
         if not queues:
-            queues = [QueueName(name.decode()) for name in sorted(await send("SMEMBERS", keys.queues))]
-        reads = [(send("XRANGE", keys.queue(q), "-", "+", "COUNT", heads), send("XLEN", keys.queue(q))) for q in queues]
+            names = await self.members(
+                keys.queues, await send("SMEMBERS", keys.queues), is_queue_name, "no queue's name"
+            )
+            queues = [QueueName(name) for name in sorted(names)]
+        starts = {queue: f"({after[queue]}" if queue in after else "-" for queue in queues}
+        reads = [
+            (send("XRANGE", keys.queue(q), start, "+", "COUNT", heads), send("XLEN", keys.queue(q)))
+            for q, start in starts.items()
+        ]
         models = list(dict.fromkeys(queue_model(queue) for queue in queues))
         answer = self._call("look", [keys.late], [keys.prefix, *models])
         now_ms, due_ms, *raw_nodes = await answer
         views: list[QueueView] = []
-        for queue, (entries, length) in zip(queues, reads, strict=True):
-            views.append(QueueView(queue, await length, tuple(await self._heads(queue, await entries))))
+        for queue, (entries, length) in zip(starts, reads, strict=True):
+            views.append(QueueView(queue, await length, tuple(await self._heads(queue, await entries, heads))))
         nodes = {view.node: view for view in map(to_node_view, raw_nodes)}
         openings = [view.breaker_until_ms for view in nodes.values() if view.breaker_until_ms > now_ms]
-        dues = [*openings, *([due_ms] if due_ms else [])]
+        dues = [*openings, *([due_ms] if due_ms > 0 else [])]
         return CellView(now_ms, tuple(views), nodes, due_ms=min(dues, default=0))
 
     async def assign(self, queue: QueueName, picks: Sequence[Pick]) -> list[Assigned | NotAssigned]:
@@ -234,15 +250,23 @@ class JobCalls(CellBase):
                 reason = _reason(code, submission, answer[3].decode(), int(answer[4]))
                 return Refused(code, reason, int(answer[2]))
 
-    async def _heads(self, queue: QueueName, entries: list[Any]) -> list[QueuedJob]:
-        heads = []
-        for raw_id, pairs in entries:
-            fields = {pairs[at].decode("utf-8", "replace"): pairs[at + 1] for at in range(0, len(pairs), 2)}
-            try:
-                heads.append(parse_queued(raw_id.decode(), fields))
-            except ForeignEntry as reason:
-                await self.dead_letter(self.keys.queue(queue), raw_id.decode(), str(reason), fields)
-        return heads
+    async def _heads(self, queue: QueueName, entries: list[Any], count: int) -> list[QueuedJob]:
+        """Those that are ours; a page that foreign ones have thinned out is filled up from behind."""
+        key = self.keys.queue(queue)
+        heads: list[QueuedJob] = []
+        while True:
+            foreign = 0
+            for entry_id, fields in map(to_entry, entries):
+                try:
+                    heads.append(parse_queued(entry_id, fields))
+                except ForeignEntry as reason:
+                    foreign += 1
+                    await self.dead_letter(key, entry_id, str(reason), fields)
+            if not foreign or len(entries) < count:
+                return heads
+            last_id = entries[-1][0].decode()
+            count = foreign
+            entries = await self.link.send("XRANGE", key, f"({last_id}", "+", "COUNT", count)
 
     async def _assign(self, queue: QueueName, picks: Sequence[Pick]) -> list[Assigned | NotAssigned]:
         replies = await self._assign_once(queue, picks)
@@ -304,23 +328,20 @@ def _with_out(pick: Pick, out: str) -> Pick:
     return msgspec.structs.replace(pick, out=out)
 
 
+REASONS = {
+    "queue_full": "{figure} jobs are waiting for {model}",
+    "full": "more than {figure} entries wait at the front door",
+    "no_model": "no node serves the model {model}",
+    "no_node": "{figure} node(s) served the model {model}, but none is alive",
+    "uncovered": "no node serves the whole model {model}, and of its {figure} layers these are uncovered: {detail}",
+    "bad_reply": "the key of the reply stream holds a {detail}",
+}  # `admit` says the same to a plain producer
+
+
 def _reason(code: str, submission: Submission, detail: str, figure: int) -> str:
-    model = submission.job.model
-    match code:
-        case "queue_full" | "full":
-            return f"{figure} jobs are waiting for {model}"
-        case "quota_full":
-            return f"{figure} jobs of this key are in flight, the limit is {submission.quota_max}"
-        case "no_model":
-            return f"no node serves the model {model}"
-        case "no_node":
-            return f"{figure} node(s) served the model {model}, but none is alive"
-        case "uncovered":
-            return f"no node serves the whole model {model}, and of its {figure} layers these are uncovered: {detail}"
-        case "bad_reply":
-            return f"the key of the reply stream holds a {detail}"
-        case _:
-            return code
+    if code == "quota_full":
+        return f"{figure} jobs of this key are in flight, the limit is {submission.quota_max}"
+    return REASONS.get(code, code).format(figure=figure, model=submission.job.model, detail=detail)
 
 
 def to_evidence(fields: Fields) -> bytes:

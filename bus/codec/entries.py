@@ -3,17 +3,21 @@
 Every parser raises ForeignEntry with the reason for an entry that is not ours; the reader dead-letters it and goes on.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TypeVar
 
 import msgspec
 
+from bus.codec import fields as read
 from bus.codec.events import ForeignEntry
-from bus.codec.wire import QueuedJob, Route, parse_route, parse_spec
-from bus.ids import Fence, Holder, JobId, NodeId
+from bus.codec.fields import Fields
+from bus.codec.wire import TERMINAL_STATES, QueuedJob, Route, parse_route, parse_spec
+from bus.ids import Fence, Holder, JobId
 from bus.keys import QueueName
 
-Fields = Mapping[str, bytes]
+WORD_MAX = 64  # bytes of a reason, a node's id, an error code
+NAME_MAX = 256  # of a gateway, a registration
+DETAIL_MAX = 1 << 20
 Parsed = TypeVar("Parsed")
 
 # --- out-streams: gateway:<id> and reply:<name> ---------------------------------------------------------------------
@@ -106,131 +110,152 @@ class Wake(msgspec.Struct, frozen=True):
     head: QueuedJob | None = None
 
 
-def _guard(parse: Callable[[], Parsed]) -> Parsed:
+def _guarded(parse: Callable[[Fields], Parsed], fields: Fields) -> Parsed:
     try:
-        return parse()
+        return parse(fields)
     except KeyError as missing:
         raise ForeignEntry(f"field {missing} is missing") from missing
     except ValueError as error:  # UnicodeDecodeError included
-        raise ForeignEntry(f"a field does not parse: {error}") from error
+        raise ForeignEntry(f"a field does not parse: {str(error)[:200]}") from error
 
 
 def parse_out(fields: Fields) -> OutEntry:
-    return _guard(lambda: _parse_out(fields))
+    return _guarded(_parse_out, fields)
 
 
 def _parse_out(fields: Fields) -> OutEntry:
     kind = fields["type"]
     if kind == b"frame":
         return Frame(
-            job_id=JobId(fields["job"].decode()),
-            fence=Fence(fields["fence"].decode()),
-            offset=int(fields["offset"]),
+            job_id=read.job_id(fields),
+            fence=read.fence(fields),
+            offset=read.count(fields, "offset"),
             text=fields["text"],
-            count=int(fields["count"]),
+            count=read.count(fields, "count"),
         )
     if kind == b"end":
         return _parse_end(fields)
     if kind == b"marker":
         return Marker(
-            job_id=JobId(fields["job"].decode()),
-            fence=Fence(fields["fence"].decode()),
-            node=fields["node"].decode(),
-            text_len=int(fields["text_len"]),
-            token_len=int(fields["token_len"]),
+            job_id=read.job_id(fields),
+            fence=read.fence(fields),
+            node=read.text(fields, "node", WORD_MAX),
+            text_len=read.count(fields, "text_len"),
+            token_len=read.count(fields, "token_len"),
         )
     if kind == b"detached":
-        return Detached(job_id=JobId(fields["job"].decode()), by=fields["by"].decode())
+        return Detached(job_id=read.job_id(fields), by=read.text(fields, "by", NAME_MAX))
     if kind == b"reply":
-        return Answer(id=fields["id"].decode(), status=fields["status"].decode(), detail=fields["detail"].decode())
+        return Answer(
+            id=read.text(fields, "id", NAME_MAX),
+            status=read.text(fields, "status", WORD_MAX),
+            detail=read.text(fields, "detail", DETAIL_MAX),
+        )
     raise ForeignEntry(f"type {kind[:40]!r} is unknown")
 
 
 def _parse_end(fields: Fields) -> End:
+    state = fields["state"].decode()
+    if state not in TERMINAL_STATES:
+        raise ValueError(f"state {state[:40]!r} is none that ends a job")
     return End(
-        job_id=JobId(fields["job"].decode()),
-        fence=Fence(fields["fence"].decode()),
-        state=fields["state"].decode(),
-        reason=fields["reason"].decode(),
-        text_len=int(fields["text_len"]),
-        prompt_tokens=int(fields["prompt_tokens"]),
-        new_tokens=int(fields["new_tokens"]),
-        node=fields["node"].decode(),
-        error_code=fields["error_code"].decode(),
+        job_id=read.job_id(fields),
+        fence=read.fence(fields),
+        state=state,
+        reason=read.text(fields, "reason", WORD_MAX),
+        text_len=read.count(fields, "text_len"),
+        prompt_tokens=read.count(fields, "prompt_tokens"),
+        new_tokens=read.count(fields, "new_tokens"),
+        node=read.text(fields, "node", WORD_MAX),
+        error_code=read.text(fields, "error_code", NAME_MAX),
         error_message=fields["error_message"].decode("utf-8", "replace"),
-        retry_after_ms=int(fields["retry_after_ms"]),
+        retry_after_ms=read.count(fields, "retry_after_ms"),
         text=fields["text"],
     )
 
 
 def parse_assignment(entry_id: str, fields: Fields) -> Assignment:
-    return _guard(lambda: _parse_assignment(entry_id, fields))
+    return _guarded(lambda one: _parse_assignment(entry_id, one), fields)
 
 
 def _parse_assignment(entry_id: str, fields: Fields) -> Assignment:
     spec = parse_spec(fields["spec"].decode())
     return Assignment(
         entry_id=entry_id,
-        job_id=JobId(fields["job"].decode()),
-        fence=Fence(fields["fence"].decode()),
-        owner=Holder(fields["owner"].decode()),
-        route=parse_route(fields["route"].decode()),
+        job_id=read.job_id(fields),
+        fence=read.fence(fields),
+        owner=read.holder(fields, "owner"),
+        route=_route(fields),
         stream=spec.stream,
         seed=spec.seed,
         deadline_ms=spec.deadline_ms,
-        text_len=int(fields["text_len"]),
-        token_len=int(fields["token_len"]),
+        text_len=read.count(fields, "text_len"),
+        token_len=read.count(fields, "token_len"),
         est_prompt=spec.est_prompt,
         est_new=spec.est_new,
         payload=fields["payload"],
     )
 
 
+def _route(fields: Fields) -> Route:
+    route = parse_route(fields["route"].decode())
+    if not read.is_out(route.out):
+        raise ValueError(f"route {route.out[:40]!r} names no out-stream")
+    return route
+
+
 def parse_control(fields: Fields) -> Control:
-    control = _guard(
-        lambda: Control(
-            type=fields["type"].decode(),
-            job_id=JobId(fields.get("job", b"").decode()),
-            fence=Fence(fields.get("fence", b"").decode()),
-        )
-    )
-    if control.type not in ("cancel", "drain"):
-        raise ForeignEntry(f"type {control.type[:40]!r} is unknown")
-    return control
+    return _guarded(_parse_control, fields)
+
+
+def _parse_control(fields: Fields) -> Control:
+    kind = fields["type"]
+    if kind == b"cancel":
+        return Control("cancel", read.job_id(fields), read.fence(fields))
+    if kind == b"drain":
+        return Control("drain", JobId(""), Fence(""))
+    raise ForeignEntry(f"type {kind[:40]!r} is unknown")
 
 
 def parse_wake(fields: Fields) -> Wake:
-    return _guard(lambda: _parse_wake(fields))
+    return _guarded(_parse_wake, fields)
 
 
 def _parse_wake(fields: Fields) -> Wake:
-    queue, job_id = QueueName(fields["queue"].decode()), fields["job"].decode()
+    queue = QueueName(fields["queue"].decode())
+    if not queue:
+        return Wake(queue, "")
+    if not read.is_queue_name(queue):
+        raise ValueError(f"queue {queue[:80]!r} is none")
+    job_id = read.job_id(fields)
     if "entry" not in fields:
         return Wake(queue, job_id)
     head = QueuedJob(
-        fields["entry"].decode(),
-        JobId(job_id),
-        Fence(fields["fence"].decode()),
-        fields["out"].decode(),
-        int(fields["est_prompt"]),
-        int(fields["est_new"]),
-        int(fields["deadline"]),
+        read.entry_id(fields, "entry"),
+        job_id,
+        read.fence(fields),
+        read.out(fields),
+        read.count(fields, "est_prompt"),
+        read.count(fields, "est_new"),
+        read.moment(fields, "deadline"),
     )
     return Wake(queue, job_id, head)
 
 
 def parse_queued(entry_id: str, fields: Fields) -> QueuedJob:
-    return _guard(
-        lambda: QueuedJob(
-            entry_id=entry_id,
-            job_id=JobId(fields["job"].decode()),
-            fence=Fence(fields["fence"].decode()),
-            out=fields["out"].decode(),
-            est_prompt=int(fields["est_prompt"]),
-            est_new=int(fields["est_new"]),
-            deadline_ms=int(fields["deadline"]),
-            alone=fields["alone"] == b"1",
-            avoid=tuple(NodeId(node) for node in fields["avoided"].decode().split()),
-            resume=fields["resume"].decode(),
-        )
+    return _guarded(lambda one: _parse_queued(entry_id, one), fields)
+
+
+def _parse_queued(entry_id: str, fields: Fields) -> QueuedJob:
+    return QueuedJob(
+        entry_id=entry_id,
+        job_id=read.job_id(fields),
+        fence=read.fence(fields),
+        out=read.out(fields),
+        est_prompt=read.count(fields, "est_prompt"),
+        est_new=read.count(fields, "est_new"),
+        deadline_ms=read.moment(fields, "deadline"),
+        alone=fields["alone"] == b"1",
+        avoid=read.node_ids(fields, "avoided"),
+        resume=read.digest(fields, "resume"),
     )

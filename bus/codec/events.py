@@ -5,14 +5,20 @@ Order is (epoch, stream entry id). A worker's beat is full state and recreates i
 only its id and creates nothing.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
 
+from bus.codec.fields import COUNT_MAX, MOMENT_MAX, is_digest, is_holder, is_out
 from bus.ids import Holder, NodeId, is_model_name, is_node_id
 
 EVENT_VERSION = 1
+EPOCH_LEAD_MS = 30 * 86_400_000  # an epoch is a server's time; one further ahead of its entry would shut the node's
+# next owners out, because theirs must be greater. Generous: a clock that went back must not.
+LAYERS_MAX = 65_536
+TEXT_MAX = 2_048  # characters of an address, an id, a version
 
 
 class ForeignEntry(Exception):
@@ -102,8 +108,8 @@ def event_fields(event: NodeEvent) -> list[str | bytes]:
     return ["type", _TYPES[type(event)], "v", str(EVENT_VERSION), "node", event.node, "epoch", str(epoch), "data", data]
 
 
-def parse_event(fields: Mapping[str, bytes]) -> NodeEvent:
-    """Raises ForeignEntry with the reason."""
+def parse_event(fields: Mapping[str, bytes], entry_id: str = "") -> NodeEvent:
+    """Raises ForeignEntry with the reason. entry_id: of the entry, to hold its epoch against."""
     try:
         version = fields["v"]
         data = fields["data"]
@@ -122,9 +128,23 @@ def parse_event(fields: Mapping[str, bytes]) -> NodeEvent:
         raise ForeignEntry(f"type says {kind}, data holds {_TYPES[type(event)]}")
     if not is_node_id(event.node):
         raise ForeignEntry("the node id is not [A-Za-z0-9_.-]{1,64}")
+    if not isinstance(event, HttpBeat):
+        _check_epoch(event.epoch, entry_id)
     if isinstance(event, NodeBeat | NodeRegistered):
         _check_capabilities(event)
+    if isinstance(event, NodeBeat):
+        _check_beat(event)
+    elif isinstance(event, NodeRegistered):
+        _check_registration(event)
     return event
+
+
+def _check_epoch(epoch: int, entry_id: str) -> None:
+    moment = int(entry_id.partition("-")[0] or 0)
+    if not 0 < epoch < MOMENT_MAX:
+        raise ForeignEntry("the epoch must be 1..10^14-1")
+    if moment and epoch > moment + EPOCH_LEAD_MS:
+        raise ForeignEntry("the epoch is far ahead of the server's time")
 
 
 def _check_capabilities(event: NodeBeat | NodeRegistered) -> None:
@@ -133,7 +153,45 @@ def _check_capabilities(event: NodeBeat | NodeRegistered) -> None:
     if not 1 <= event.capacity <= 65536:
         raise ForeignEntry("capacity must be 1..65536")
     layers = event.layers or ()
-    if len(layers) > 4096 or any(not 0 <= layer < 65536 for layer in layers):
+    if len(layers) > 4096 or any(not 0 <= layer < LAYERS_MAX for layer in layers):
         raise ForeignEntry("layers must be at most 4096 numbers of 0..65535")
-    if not 0 < event.epoch < 2**53:
-        raise ForeignEntry("the epoch must be 1..2^53-1")
+    if not 0 <= event.layer_count <= LAYERS_MAX:
+        raise ForeignEntry("layer_count must be 0..65536")
+    _check_counts(context_length=event.context_length)
+    _check_figures(gpu_memory_gb=event.gpu_memory_gb)
+
+
+def _check_beat(event: NodeBeat) -> None:
+    if not is_holder(event.holder):
+        raise ForeignEntry("the holder is not [A-Za-z0-9_.:-]{1,160}")
+    if not is_digest(event.resume):
+        raise ForeignEntry("resume must be at most 160 printable characters without blanks")
+    _check_counts(
+        running=event.running, waiting=event.waiting, free_blocks=event.free_blocks, total_blocks=event.total_blocks
+    )
+    _check_figures(prefill_rate=event.prefill_rate, decode_rate=event.decode_rate)
+    _check_lengths(version=event.version)
+
+
+def _check_registration(event: NodeRegistered) -> None:
+    if event.answer_to and not is_out(event.answer_to):
+        raise ForeignEntry("answer_to names no out-stream")
+    _check_lengths(key_id=event.key_id, api_url=event.api_url, answer_id=event.answer_id)
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if not 0 <= value <= COUNT_MAX:
+            raise ForeignEntry(f"{name} must be 0..{COUNT_MAX}")
+
+
+def _check_figures(**figures: float) -> None:
+    for name, value in figures.items():
+        if not (math.isfinite(value) and 0 <= value <= COUNT_MAX):
+            raise ForeignEntry(f"{name} must be a number of 0..{COUNT_MAX}")
+
+
+def _check_lengths(**texts: str) -> None:
+    for name, value in texts.items():
+        if len(value) > TEXT_MAX:
+            raise ForeignEntry(f"{name} is longer than {TEXT_MAX} characters")

@@ -11,6 +11,7 @@ from urllib.parse import quote, unquote
 
 import msgspec
 
+from bus.codec.fields import COUNT_MAX, MOMENT_MAX, within
 from bus.ids import Fence, GatewayId, Holder, JobId, NodeId
 from bus.jobs import ChatJob
 from bus.keys import PRIORITY_NEW, QueueName
@@ -20,8 +21,8 @@ TERMINAL_STATES: frozenset[str] = frozenset({"done", "failed", "cancelled", "dup
 RequeueWhy = Literal["crash", "node_error", "drain", "unread", "relay_lost"]
 Policy = Literal["cancel", "keep"]  # what becomes of the job when its gateway is gone
 
+SEED_MAX = 2**63 - 1
 NO_FENCE = Fence("0.0")  # of a job that was never assigned
-ROUTE_MAX = 4
 
 
 class Route(msgspec.Struct, frozen=True):
@@ -67,11 +68,11 @@ def parse_spec(text: str) -> Spec:
         model=model,
         stream="s" in flags,
         policy=policy,
-        seed=int(seed),
-        created_ms=int(created),
-        deadline_ms=int(deadline),
-        est_prompt=int(est_prompt),
-        est_new=int(est_new),
+        seed=within(int(seed), SEED_MAX, -SEED_MAX - 1),
+        created_ms=within(int(created), MOMENT_MAX),
+        deadline_ms=within(int(deadline), MOMENT_MAX),
+        est_prompt=within(int(est_prompt), COUNT_MAX),
+        est_new=within(int(est_new), COUNT_MAX),
     )
 
 
@@ -436,6 +437,7 @@ class Attached(msgspec.Struct, frozen=True):
     fence: Fence
     text_len: int
     deadline_ms: int
+    policy: Policy = "cancel"
 
 
 class Unknown(msgspec.Struct, frozen=True):

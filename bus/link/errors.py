@@ -26,13 +26,22 @@ class LinkClosed(LinkError):
     """The link was closed by its owner."""
 
 
+MAY_PASS = frozenset(
+    {"OOM", "READONLY", "LOADING", "BUSY", "MASTERDOWN", "NOREPLICAS", "MISCONF", "NOPERM", "CLUSTERDOWN", "TRYAGAIN"}
+)
+
+
 class ServerError(LinkError):
-    """The server answered with an error: `code` is its first word (WRONGTYPE, OOM, NOPERM ...), `message` the rest."""
+    """The server answered with an error: `code` is its first word (WRONGTYPE, OOM, NOPERM ...), `message` the rest.
+
+    may_pass: it is the server's state, and a later attempt may succeed; else it is what was asked for.
+    """
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{code} {message}")
         self.code = code
         self.message = message
+        self.may_pass = code in MAY_PASS
 
 
 class AddressError(LinkError, ValueError):

@@ -1,4 +1,4 @@
--- One node as the dispatcher and the status see it. The short list comes first in the full one.
+-- One node as the dispatcher and the status see it. The short list comes first in the full one; its last is the probe.
 local SHORT = {'owner', 'state', 'kind', 'models', 'capacity', 'prefill_rate', 'decode_rate', 'failure', 'breaker_n',
   'breaker_until', 'alone', 'alone_until', 'beat_ms', 'resume', 'breaker_probe'}
 local FULL = {'epoch', 'layers', 'layer_count', 'whole', 'context_length', 'ok', 'failed', 'client_errors', 'api_url',
@@ -24,6 +24,10 @@ local function view(prefix, id, names)
     for _, packed in ipairs(call('HVALS', key .. ':load')) do
       promised = promised + packed
     end
+  end
+  -- A probe that has left the node, however it ended, is none any more: the next job may be one.
+  if filled(fields[#SHORT]) and not call('ZSCORE', key .. ':running', fields[#SHORT]) then
+    fields[#SHORT] = ''
   end
   local prompt = floor(promised / 10000000)
   local out = {id, call('EXISTS', key .. ':alive'), (lease and tonumber(lease) > now) and 1 or 0, running, prompt,

@@ -1,12 +1,22 @@
 -- use: _create _event
 -- A plain producer's entry becomes a job, or gets its error: once, because the entry goes in the same script.
--- KEYS 14 jobs, 15 dead. ARGV 24 entry, 25 out_ttl, 26 dead_keep, 27 front_door_max.
+-- KEYS 14 jobs, 15 dead. ARGV 24 entry, 25 out_ttl, 26 dead_keep, 27 front_door_max, then codes of refusals, each with
+-- its sentence, in which {model}, {detail} and {figure} stand for what is known here.
 -- Answers as submit for one job, or {'gone'}.
 local front_key, dead_key = KEYS[14], KEYS[15]
 local entry_id, out_ttl, dead_keep, front_max = ARGV[24], tonumber(ARGV[25]), tonumber(ARGV[26]), tonumber(ARGV[27])
 local j = job_at(1)
 if #call('XRANGE', front_key, entry_id, entry_id) == 0 then
   return {'gone'}
+end
+
+local function sentence(why)
+  for i = 28, #ARGV, 2 do
+    if ARGV[i] == why[1] then
+      return (string.gsub(ARGV[i + 1], '{(%a+)}', {model = model, detail = why[3], figure = why[4]}))
+    end
+  end
+  return why[1]
 end
 
 local function take_away()
@@ -39,8 +49,9 @@ end
 if why then
   take_away()
   local code = why[1] == 'queue_full' and 'full' or why[1]
-  say('failed', 'error', code, 'refused: ' .. code .. ' ' .. model .. ' ' .. why[3], why[2])
-  bury(dead_key, dead_keep, 'jobs', entry_id, code, j.id)
+  local message = sentence(why)
+  say('failed', 'error', code, message, why[2])
+  bury(dead_key, dead_keep, 'jobs', entry_id, code .. ': ' .. message, j.id)
   return refuse(j, why)
 end
 take_away()

@@ -204,3 +204,32 @@ async def test_what_a_dead_dispatcher_had_read_is_admitted_by_another(
         await wait_until(lambda: _runs(node, 20))
 
     assert await producer.xlen(DOOR) == 0
+
+
+async def test_an_entry_that_the_server_refuses_is_answered_and_holds_up_nobody(
+    cell: Cell, dispatching: Dispatching, producer: Any
+) -> None:
+    """A foreign key in the place of its job: read again for ever, it would stop the whole front door."""
+    node = await HandNode.join(cell, "a", capacity=20)
+    await producer.set("millrace:{c0}:job:c0-bad", "not a hash")
+    async with dispatching():
+        await producer.xadd(DOOR, {"job": chat(), "id": "bad"})
+        (end,) = await answers(producer, "c0-bad")
+        for index in range(6):
+            await producer.xadd(DOOR, {"job": chat(), "id": f"good{index}"})
+        await wait_until(lambda: _runs(node, 6))
+
+    assert (end["state"], end["error_code"]) == ("failed", "server_error")
+    assert "WRONGTYPE" in end["error_message"]
+    assert await _dead(producer, 1)
+    assert await producer.xlen(DOOR) == 0
+
+
+async def test_a_refusal_is_read_as_a_sentence_on_the_reply_stream(
+    cell: Cell, dispatching: Dispatching, producer: Any
+) -> None:
+    async with dispatching():
+        await producer.xadd(DOOR, {"job": chat(), "id": "x"})
+        (end,) = await answers(producer, "c0-x")
+
+    assert end["error_message"] == "no node serves the model m"

@@ -1,5 +1,7 @@
 """The front door: plain producers add entries to `jobs`; each is admitted or rejected once."""
 
+import msgspec
+
 from bus.codec.entries import End
 from bus.codec.wire import Accepted, Refused, Submission
 from bus.ids import JobId
@@ -56,7 +58,8 @@ async def test_a_refused_entry_is_answered_and_dead_lettered(world: World):
     (end,) = await world.ends(out="reply:p1")
     assert isinstance(answer, Refused) and answer.code == "no_model"
     assert (end.state, end.error_code) == ("failed", "no_model")
-    assert [letter["reason"] for letter in await world.dead()] == [b"no_model"]
+    assert end.error_message == answer.reason == "no node serves the model m"
+    assert [letter["reason"] for letter in await world.dead()] == [b"no_model: no node serves the model m"]
     assert await world.link.send("XLEN", world.cell.keys.jobs) == 0
 
 
@@ -107,3 +110,40 @@ async def test_dead_letters_are_put_away_once_from_any_stream(world: World):
 
     assert [letter["reason"] for letter in await world.dead()] == [b"nonsense"]
     assert await world.link.send("XLEN", keys.jobs) == 0
+
+
+async def test_every_refusal_tells_the_producer_the_sentence_that_the_log_has(world: World):
+    """A code alone sends the producer to the operator; the sentence says what is missing."""
+    tight = await make_world(world.link, settings=Settings(queue_max=1))
+    await tight.node(capacity=1)
+    await tight.submit("waits")
+    full_entry, full = await knock(tight, "full")
+    await tight.node("parts", models=("other",), whole=False, layers=(0, 1), layer_count=4)
+    parts_entry, parts = await knock(tight, "parts")
+    parts = msgspec.structs.replace(parts, job=chat(model="other"))
+
+    refusals = [await tight.cell.admit(full_entry, full), await tight.cell.admit(parts_entry, parts)]
+
+    told = [(await tight.ends(out=f"reply:{name}"))[0].error_message for name in ("full", "parts")]
+    assert told == [getattr(one, "reason", "") for one in refusals]
+    assert told[0] == "1 jobs are waiting for m"
+    assert told[1].endswith("of its 4 layers these are uncovered: 2-3")
+
+
+async def test_a_malformed_second_entry_is_no_end_of_the_job_with_its_id(world: World):
+    """Exactly one terminal: `failed` beside the running job's own end would be a second."""
+    await world.node()
+    entry, submission = await knock(world)
+    await world.cell.admit(entry, submission)
+    again, _ = await knock(world)
+
+    await world.cell.reject(again, "invalid_json", "not JSON", "reply:p1", submission.job_id, {"job": b"{oops"})
+    await world.dispatch()
+    (one,) = await world.read("n1")
+    await world.finish(one)
+
+    second, own = await world.ends(out="reply:p1")
+    assert (second.state, second.reason) == ("duplicate", "queued")
+    assert "not JSON" in second.error_message
+    assert own.state == "done"
+    assert [letter["reason"] for letter in await world.dead()] == [b"invalid_json: not JSON"]

@@ -11,8 +11,8 @@ from registry_consumer.fold import Kind, News, NodeState, fold, fold_all, parse_
 TTL = 30_000
 
 
-def news(kind: Kind, epoch: int, at_ms: int, seq: int = 0, node: str = "n") -> News:
-    return News(epoch, (at_ms, seq), kind, NodeId(node))
+def news(kind: Kind, epoch: int, at_ms: int, seq: int = 0, node: str = "n", sender: str = "") -> News:
+    return News(epoch, (at_ms, seq), kind, NodeId(node), sender)
 
 
 def after(*events: News) -> NodeState:
@@ -78,6 +78,22 @@ def test_a_batch_is_reduced_to_the_newest_beat_per_node_and_all_registrations() 
     assert kept == [other, *registrations, beats[-1]]
 
 
+def test_another_keys_beat_or_departure_takes_nobodys_place() -> None:
+    """Whose they are is checked by the scripts; a batch must leave the owner's for them."""
+    mine = [news("http_beat", 0, 10, sender="mine"), news("bye", 1, 11, sender="mine")]
+    foreign = [news("http_beat", 0, 20, sender="foreign"), news("bye", 9, 21, sender="foreign")]
+
+    assert to_apply([*mine, *foreign]) == [*mine, *foreign]
+
+
+def test_only_the_owners_beats_count_as_signs_of_life() -> None:
+    registered = news("register", 3, 1_000, sender="mine")
+
+    state = after(registered, news("http_beat", 0, 5_000, sender="mine"), news("http_beat", 0, 9_000, sender="foreign"))
+
+    assert state.last_sign == (5_000, 0)
+
+
 def test_entry_ids_compare_as_numbers() -> None:
     assert parse_entry_id("999-10") > parse_entry_id("999-9")
     assert parse_entry_id("1000-0") > parse_entry_id("999-9")
@@ -86,12 +102,20 @@ def test_entry_ids_compare_as_numbers() -> None:
 kinds: st.SearchStrategy[Kind] = st.sampled_from(["register", "beat", "http_beat", "drain", "bye"])
 events_drawn = st.lists(
     st.builds(
-        lambda kind, epoch, at, seq, node: news(kind, 0 if kind == "http_beat" else epoch, at, seq, node),
+        lambda kind, epoch, at, seq, node, sender: news(
+            kind,
+            0 if kind == "http_beat" else epoch,
+            at,
+            seq,
+            node,
+            sender if kind in ("register", "http_beat", "bye") else "",
+        ),
         kinds,
         st.integers(1, 4),
         st.integers(0, 100_000),
         st.integers(0, 3),
         st.sampled_from(["a", "b"]),
+        st.sampled_from(["", "k"]),
     ),
     max_size=12,
 )

@@ -199,6 +199,23 @@ FOREIGN: list[list[str | bytes]] = [
     event_fields(beat("n", 1, capacity=0)),
     event_fields(beat("n", -5)),
     event_fields(NodeBye(NodeId("x" * 65), 1)),
+    event_fields(NodeBye(NodeId("n"), 2**63)),
+    event_fields(NodeBye(NodeId("n"), 10**14 - 1)),
+    event_fields(NodeDrain(NodeId("n"), -1)),
+    event_fields(beat("n", 2**53 - 1)),
+    event_fields(beat("n", 1, prefill_rate=float("nan"))),
+    event_fields(beat("n", 1, decode_rate=float("inf"))),
+    event_fields(beat("n", 1, decode_rate=-1.0)),
+    event_fields(beat("n", 1, total_blocks=2**63)),
+    event_fields(beat("n", 1, holder=Holder("two words"))),
+    event_fields(beat("n", 1, resume="two words")),
+    event_fields(registered("n", 1, gpu_memory_gb=float("nan"))),
+    event_fields(registered("n", 1, gpu_memory_gb=float("inf"))),
+    event_fields(registered("n", 1, layer_count=10**15)),
+    event_fields(registered("n", 1, layer_count=-1)),
+    event_fields(registered("n", 1, context_length=2**63)),
+    event_fields(registered("n", 1, answer_to="gateway: g1")),
+    event_fields(registered("n", 1, api_url="http://" + "x" * 4_000)),
     [b"\xff\xfe", b"\xff", "v", "1"],
 ]
 
@@ -218,6 +235,40 @@ async def test_foreign_entries_become_dead_letters_with_a_reason_and_their_neigh
     reasons = await dead_reasons(cell)
     assert len(reasons) == len(FOREIGN)
     assert all(reasons)
+
+
+async def test_a_foreign_keys_beat_in_the_same_batch_does_not_take_the_owners_place(
+    cell: Cell, settings: Settings
+) -> None:
+    async with registry(settings):
+        await add(cell, registered("h", 5, layers=()))
+        await wait_until(drained(cell))
+    before = await cell.node(NodeId("h"))
+    await asyncio.sleep(0.02)
+    await add(cell, HttpBeat(NodeId("h"), "k1"))
+    await add(cell, HttpBeat(NodeId("h"), "somebody's"))
+
+    async with registry(settings):
+        await wait_until(drained(cell))
+
+    after = await cell.node(NodeId("h"))
+    assert before is not None and after is not None and after.last_beat_ms > before.last_beat_ms
+
+
+async def test_foreign_members_of_the_known_nodes_are_put_away(cell: Cell, settings: Settings) -> None:
+    """Anybody may ZADD: names that are no node's, times that are none."""
+    known = cell.keys.nodes_known
+    await cell.link.send("ZADD", known, 1, b"\xff\xfe", "-inf", "a b", 1, "x" * 500, "-inf", "ghost", "+inf", "late")
+    async with registry(settings):
+        await cell.publish_node_event(beat("w", 5))
+        await wait_until(lambda: is_alive(cell, "w"))
+
+        async def gone() -> bool:
+            return set(await cell.link.send("ZRANGE", known, 0, -1)) == {b"w", b"late"}
+
+        await wait_until(gone)
+
+    assert await dead_reasons(cell) == ["no node's id"] * 3
 
 
 async def test_a_foreign_key_in_a_nodes_place_costs_only_that_node(cell: Cell, settings: Settings) -> None:
