@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 BODY_BYTES_MAX = 16 * 1024 * 1024  # of an answer that comes as one JSON document
 STREAM_BYTES_MAX = 256 * 1024 * 1024  # of a stream: chunks wrap a token in some 300 bytes
 ERROR_BYTES_MAX = 64 * 1024
+ERROR_BODY_S = 5.0  # of waiting for what a failed answer says; its status says enough
 READ_BYTES = 64 * 1024
 DETECT_S_MAX = 10.0
 USAGE_S = 2.0  # from finish_reason to the usage that may follow
@@ -110,14 +111,13 @@ class NodeCalls:
             asked = self._request("POST", base_url + outgoing.path, outgoing.body)
             response = await self._within(first, asked, "the first byte")
             if response.status != 200:
-                body = await self._read_whole(response, deadline, ERROR_BYTES_MAX, cut=True)
-                raise failure_of_status(response.status, body)
+                raise failure_of_status(response.status, await self._read_error(response, deadline))
             if response.headers.get("Content-Encoding", "identity").lower() != "identity":
                 raise NodeBroke("the node compressed its answer, which it was asked not to do")
             if not outgoing.streams:
                 yield read_simple(await self._read_whole(response, first, BODY_BYTES_MAX))
             elif response.content_type == "application/json":
-                yield read_answer(await self._read_whole(response, deadline, BODY_BYTES_MAX))
+                yield read_answer(await self._read_whole(response, deadline, BODY_BYTES_MAX, first=first))
             else:
                 async for chunk in self._events(response, first, deadline):
                     yield chunk
@@ -159,12 +159,31 @@ class NodeCalls:
             patience_s = min(self._limits.idle_s, USAGE_S) if finished else self._limits.idle_s
             until, what = time.monotonic() + patience_s, "the next token"
 
+    async def _read_error(self, response: aiohttp.ClientResponse, deadline: float) -> bytes:
+        """What came of the body of a failed answer within a short time, if anything."""
+        until = min(deadline, time.monotonic() + ERROR_BODY_S)
+        try:
+            return await self._read_whole(response, until, ERROR_BYTES_MAX, cut=True)
+        except (CallFailed, aiohttp.ClientError, OSError):
+            return b""
+
     async def _read_whole(
-        self, response: aiohttp.ClientResponse, deadline: float, most: int, *, cut: bool = False
+        self,
+        response: aiohttp.ClientResponse,
+        deadline: float,
+        most: int,
+        *,
+        cut: bool = False,
+        first: float | None = None,
     ) -> bytes:
-        """Up to `most` bytes; more raises NodeBroke, or is cut."""
+        """Up to `most` bytes; more raises NodeBroke, or is cut. first: when the first of them is due.
+
+        Between two reads no more silence is allowed than in a stream: a body that never ends would hold its slot.
+        """
         body = bytearray()
-        while raw := await self._within(deadline, response.content.read(READ_BYTES), "the answer"):
+        until = deadline if first is None else min(first, deadline)
+        while raw := await self._within(until, response.content.read(READ_BYTES), "the answer"):
+            until = min(deadline, time.monotonic() + self._limits.idle_s)
             body += raw
             if len(body) > most:
                 if cut:

@@ -8,12 +8,13 @@ from collections.abc import AsyncIterator, Sequence
 import aiohttp
 import msgspec
 
-from bus.ids import NodeId
+from bus.ids import JobId, NodeId
 from gpu_worker.engine import End, EngineInfo, EngineLoad, GenerateRequest, Piece, SequenceId
 from gpu_worker.relay_engine.call import NodeCalls, RelayLimits
 from gpu_worker.relay_engine.faults import CallFailed
 from gpu_worker.relay_engine.meter import Meter
 from gpu_worker.relay_engine.outbox import Outbox
+from gpu_worker.relay_engine.refusals import Refusals
 from gpu_worker.relay_engine.speaker import NodeSpeaker
 from gpu_worker.relay_engine.tally import tokens_of
 
@@ -61,6 +62,7 @@ class RelayEngine:
         self._node = node
         self._outbox = Outbox()
         self._meter = Meter()
+        self._refusals = Refusals()
         self._speaker = NodeSpeaker(node.id, node.api_url, NodeCalls(session, limits), self._meter)
         self._slots = asyncio.Semaphore(node.capacity)
         self._active: dict[SequenceId, _Active] = {}
@@ -135,14 +137,25 @@ class RelayEngine:
         try:
             async with self._slots:
                 active.calling = True
-                return await self._speaker.answer(active.request, active)
-        except CallFailed as failure:
+                end = await self._speaker.answer(active.request, active)
+                self._refusals.answer()
+                return end
+        except CallFailed as caught:
+            failure = self._judge(active, caught)
             if failure.fault == "node":
                 self._speaker.forget()
             return self._failed(active, failure)
         except Exception:  # a bug in here must end one job, not all jobs of the node
             log.exception("relay call failed", extra={"node": self._node.id, "sequence": active.request.sequence})
             return self._failed(active, CallFailed("node_error", "the relay failed on the answer of this node"))
+
+    def _judge(self, active: _Active, failure: CallFailed) -> CallFailed:
+        """The same, or the node's fault where the client was blamed by a node that refuses everything."""
+        if failure.fault != "client" or failure.code == "context_length_exceeded":
+            return failure
+        if not self._refusals.refuse(JobId(active.request.sequence.partition("/")[0])):
+            return failure
+        return CallFailed("node_error", f"the node refused the request: {failure.message}", status=failure.status)
 
     def _failed(self, active: _Active, failure: CallFailed) -> End:
         log.info(

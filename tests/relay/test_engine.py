@@ -264,6 +264,7 @@ async def test_an_endless_answer_is_cut(bench: Bench, node: FakeNode) -> None:
 async def test_a_request_that_the_node_refuses_is_the_clients_fault_with_the_nodes_words(
     bench: Bench, node: FakeNode
 ) -> None:
+    await bench.run()  # it has shown that it can answer
     node.turn(status=400, error_message="top_p is\nwrong \x1b[31m")
 
     end = (await bench.run()).end

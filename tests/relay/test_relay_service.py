@@ -261,6 +261,35 @@ async def test_a_request_that_a_node_refuses_fails_at_once_and_is_not_held_again
     assert (view.failed, view.breaker_n, view.client_errors, len(nodes[0].calls)) == (0, 0, 1, 1)
 
 
+async def test_a_node_that_refuses_every_request_costs_no_client_its_answer(
+    house: House, relay: ParentLine, nodes: tuple[FakeNode, FakeNode]
+) -> None:
+    """It is always idle, so without a word against it each job would end there."""
+    nodes[0].turn(status=400, error_message="model not loaded")
+    await house.register("bad", nodes[0].url)
+    await house.register("good", nodes[1].url)
+
+    for _ in range(6):
+        handles = [await house.chat() for _ in range(3)]
+        answers = await asyncio.gather(*(text_of(handle) for handle in handles))
+        assert {text for text, _ in answers} == {expected()}
+
+    assert nodes[0].calls
+    assert (await house.view("bad")).breaker_n > 0
+
+
+async def test_a_request_that_the_only_node_refuses_ends_with_its_words(
+    house: House, relay: ParentLine, nodes: tuple[FakeNode, FakeNode]
+) -> None:
+    nodes[0].turn(status=400, error_message="model not loaded")
+    await house.register("bad", nodes[0].url)
+
+    _, finished = await text_of(await house.chat(), timeout_s=5)
+
+    assert (finished.ended.error_code, finished.ended.error_message) == ("bad_request", "model not loaded")
+    assert len(nodes[0].calls) == 2
+
+
 async def test_a_cancelled_job_closes_the_call_to_its_node(
     house: House, relay: ParentLine, nodes: tuple[FakeNode, FakeNode]
 ) -> None:
