@@ -13,22 +13,25 @@ process dies.
 """
 
 import asyncio
+import contextlib
+import functools
 import logging
 import secrets
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine
 from typing import Any, Self
 
 import msgspec
 
+from bus.calls.call import Call, must_attach
 from bus.calls.following import Ended, Following
-from bus.calls.handle import Call, JobHandle
+from bus.calls.handle import JobHandle
+from bus.calls.outstream import OutStreams
 from bus.calls.watch import CallWatch
 from bus.cell import Cell
-from bus.codec.entries import Answer, Detached, End, Frame, Marker, OutEntry, parse_out
-from bus.codec.events import ForeignEntry, NodeRegistered
+from bus.codec.entries import Answer
+from bus.codec.events import NodeRegistered
 from bus.codec.wire import (
-    TERMINAL_STATES,
     Accepted,
     Attached,
     CancelResult,
@@ -46,9 +49,9 @@ from bus.settings import Settings
 
 log = logging.getLogger(__name__)
 
-READ_MIN, READ_MAX = 8, 512  # entries in one read of the out-stream
 TRY_AGAIN_CODES = frozenset({"LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "BUSY", "UNBLOCKED"})
 TRY_AGAIN_S = 0.1
+RESTART_S = 1.0  # after a task of ours failed by a bug
 SHUTTING_DOWN = Ended(
     state="failed",
     reason="shutting_down",
@@ -100,6 +103,7 @@ class Caller:
         self._readers: list[Reader] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._watch = CallWatch(self._calls, self.cells, settings, self.id, self.out)
+        self._out_streams = OutStreams(self._calls, self._answers, self._watch, settings, self.id, self.out)
 
     async def start(self) -> Self:
         """Connect to every cell. Raises LinkDown or ServerError."""
@@ -110,8 +114,8 @@ class Caller:
             await self.close()
             raise
         for cell, reader in zip(self.cells, self._readers, strict=True):
-            self._spawn(self._read(cell, reader), f"out-stream {cell.cell}")
-        self._spawn(self._watch.run(), "call watch")
+            self._keep_up(functools.partial(self._out_streams.follow, cell, reader), f"out-stream {cell.cell}")
+        self._keep_up(self._watch.run, "call watch")
         return self
 
     async def close(self, *, hand_over: bool = False) -> None:
@@ -162,46 +166,49 @@ class Caller:
         """Raises Refusal with the reason and an honest wait. The handle must be closed."""
         cell = self.cell_of(job.model)
         submission = self._submission(cell, job, options)
+        known = self._calls.get(submission.job_id)
+        if known is not None:
+            return await self._follow(JobHandle(known, 0, existing=True), known, cell, stream=job.stream)
         call = self._enter(submission.job_id, Following(streamed=job.stream), submission)
         handle = JobHandle(call, 0)
+        call.asking = asyncio.get_running_loop().create_future()
         try:
             answer = await self._submit(cell, submission)
         except BaseException:
-            handle.close("cancel")
+            # A retry with an idempotency key must not find the job cancelled; without one nobody could find it at all.
+            handle.close(None if submission.idem_key else "cancel")
+            self._abandon(call)
             raise
+        finally:
+            call.asking.set_result(None)
+            call.asking = None
         if isinstance(answer, Refused):
             self._leave(call)
+            call.following.give_up(refused_end(answer))
+            call.wake()
             raise Refusal(answer.code, answer.reason, answer.retry_after_ms)
         if answer.existing or answer.job_id != call.job_id:
             return await self._follow_existing(cell, call, handle, answer)
-        call.deadline_ms = answer.deadline_ms
+        call.move_to("here")
+        self._watch.expect_by(call, answer.deadline_ms)
         return handle
 
     async def attach(self, job_id: str, offset: int = 0) -> JobHandle:
-        """Take a job's stream over, from byte `offset` of its answer. Raises UnknownJob, LinkDown, ServerError."""
-        known = self._calls.get(job_id)
-        if known is not None and not known.elsewhere:
-            return JobHandle(known, offset, existing=True)
+        """Take a job's stream over, from byte `offset` of its answer. Raises UnknownJob, LinkDown, ServerError.
+
+        That of a plain producer's job stays where it is; it is followed by reading what is stored.
+        """
         cell = self.cell_of_job(job_id)
         if cell is None:
             raise UnknownJob(job_id)
-        call = self._enter(JobId(job_id), Following(streamed=True), None)
+        call = self._calls.get(job_id) or self._enter(JobId(job_id), Following(streamed=True), None)
         handle = JobHandle(call, offset, existing=True)
         try:
-            found = await cell.attach(call.job_id, self.id, self.out)
+            await self._bring_here(call, cell)
         except BaseException:
-            self._leave(call)
+            handle.close()
+            self._abandon(call)
             raise
-        match found:
-            case Attached():
-                call.deadline_ms = found.deadline_ms
-                call.following.marker(found.fence, found.text_len)
-                self._settle(call)
-            case JobRecord():
-                await self._watch.take_record(call, cell, found)
-            case _:
-                self._leave(call)
-                raise UnknownJob(job_id)
         return handle
 
     async def cancel(self, job_id: str, by: str) -> CancelResult:
@@ -212,7 +219,7 @@ class Caller:
             raise UnknownJob(job_id)
         call = self._calls.get(job_id)
         if call is not None:
-            call.cancelled_by = by
+            call.cancelled_by, call.tried_at = by, asyncio.get_running_loop().time()
         result = await cell.cancel(JobId(job_id), by)
         if call is not None:
             call.cancelled_by = ""
@@ -242,12 +249,23 @@ class Caller:
         now = asyncio.get_running_loop().time()
         deadline_in_ms = submission.deadline_in_ms if submission is not None else self.settings.job_deadline_ms
         deadline_at = now + (deadline_in_ms + 3 * self.settings.lease_ms) / 1000
+        assert job_id not in self._calls, "one Call a job: whoever comes later joins it"
         call = self._calls[job_id] = Call(job_id, following, submission, now, deadline_at)
         return call
 
     def _leave(self, call: Call) -> None:
         if self._calls.get(call.job_id) is call:
             del self._calls[call.job_id]
+
+    def _abandon(self, call: Call) -> None:
+        """Whoever asked for the job has gone without an answer. Others may wait for it: for them it is asked again."""
+        if call.where != "asking":
+            return
+        if call.handles and call.submission is not None:
+            call.move_to("here")
+            self._watch.check_soon(call)
+        elif not call.handles and call.submission is None and call.asking is None:
+            self._leave(call)
 
     def _submission(self, cell: Cell, job: ChatJob, options: CallOptions) -> Submission:
         return Submission(
@@ -287,26 +305,66 @@ class Caller:
     async def _follow_existing(self, cell: Cell, call: Call, handle: JobHandle, answer: Accepted) -> JobHandle:
         """The id or the idempotency key was there before: wait for that job, without taking it from another caller
         unless we stream. A job under the id of an earlier request that we were the first to create is ours."""
+        assert call.submission is not None
+        same = msgspec.structs.replace(call.submission, job_id=answer.job_id)
+        known = call
         if answer.job_id != call.job_id:
             self._leave(call)
-            known = self._calls.get(answer.job_id)
-            if known is not None:
-                return JobHandle(known, 0, existing=True)
-        if answer.state in TERMINAL_STATES or answer.gateway == self.id:
-            call = call if answer.job_id == call.job_id else self._enter(answer.job_id, call.following, call.submission)
-            handle = handle if answer.job_id == handle.job_id else JobHandle(call, 0)
-            handle.existing = True
-            await self._watch.check(call)
-            return handle
-        if call.following.streamed:
-            self._leave(call)
-            return await self.attach(answer.job_id)
-        follower = self._enter(answer.job_id, Following(streamed=False), None)
-        follower.elsewhere = True
-        follower.policy = "keep"
-        follower.deadline_ms = answer.deadline_ms
-        await self._watch.check(follower)
-        return JobHandle(follower, 0, existing=True)
+            known = self._calls.get(answer.job_id) or self._enter(
+                answer.job_id, Following(streamed=same.job.stream), same
+            )
+        known.submission = known.submission or same
+        if known.where == "asking" and known.asking is None:
+            known.move_to("here" if answer.gateway == self.id else "elsewhere")
+            self._watch.expect_by(known, answer.deadline_ms)
+        follower = JobHandle(known, 0, existing=True)
+        handle.close()
+        return await self._follow(follower, known, cell, stream=same.job.stream)
+
+    async def _follow(self, handle: JobHandle, call: Call, cell: Cell, *, stream: bool) -> JobHandle:
+        """One more who waits for a job in the table; what cannot be asked now, the watch asks again."""
+        try:
+            if stream:
+                with contextlib.suppress(UnknownJob, LinkError):
+                    await self._bring_here(call, cell)
+            elif call.asking is not None:
+                await asyncio.wait((call.asking,))
+            if call.where == "asking":
+                call.move_to("elsewhere")
+            if call.following.ended is None:
+                await self._watch.check_quietly(call)
+        except BaseException:
+            handle.close()
+            raise
+        return handle
+
+    async def _bring_here(self, call: Call, cell: Cell) -> None:
+        """Have the job's frames come on our out-stream. One question at a time, however many wait for its answer; it
+        goes on when one of them leaves. Raises UnknownJob, LinkError."""
+        while must_attach(call):
+            if call.asking is None:
+                call.asking = asyncio.create_task(self._attach(call, cell), name=f"{self.id} attach {call.job_id}")
+                call.asking.add_done_callback(functools.partial(_asked, call))
+            await asyncio.shield(call.asking)
+
+    async def _attach(self, call: Call, cell: Cell) -> None:
+        call.following.stream()
+        markers = call.following.markers
+        found = await cell.attach(call.job_id, self.id, self.out)
+        match found:
+            case Attached():
+                call.move_to("here")
+                call.missing_at = None
+                if call.submission is None:
+                    call.policy = found.policy
+                self._watch.expect_by(call, found.deadline_ms)
+                if call.following.markers == markers:  # else a marker that we have heard since is the newer one
+                    call.following.marker(found.fence, found.text_len)
+                self._watch.settle(call)
+            case JobRecord():
+                await self._watch.take_record(call, cell, found, markers)
+            case _:
+                raise UnknownJob(call.job_id)
 
     # the out-streams
 
@@ -326,109 +384,36 @@ class Caller:
             Reader(self._address, name=f"{self.id} c{number} out", cell_key=key, connect_timeout_s=timeout_s)
         )
         link.on_reconnect(self._watch.check_all_soon)
-        await cell.lease(self.id)
+        await self._watch.renew(cell)
 
-    def _spawn(self, coroutine: Any, name: str) -> None:
-        task = asyncio.create_task(coroutine, name=f"{self.id} {name}")
-        task.add_done_callback(_report)
-        self._tasks.append(task)
+    def _keep_up(self, run: Callable[[], Coroutine[Any, Any, None]], name: str) -> None:
+        """Start a task that must not die: a process whose reader is dead holds its clients and is deaf."""
 
-    async def _read(self, cell: Cell, reader: Reader) -> None:
-        """Follow the out-stream from its beginning: it is ours alone, and offsets drop what was heard before."""
-        key = cell.keys.out(self.out)
-        cursor = "0"
-        run_id = ""
-        generation = 0
-        while True:
-            try:
-                count = read_count(self.waiting)
-                batch = await reader.xread({key: cursor}, count=count, block_ms=self.settings.block_ms)
-            except ServerError as error:
-                log.error("out-stream cannot be read", extra={"gateway": self.id, "cell": cell.cell, "why": str(error)})
-                await asyncio.sleep(1.0)
-                continue
-            if reader.generation != generation:
-                restarted = bool(run_id) and reader.run_id != run_id
-                if generation:
-                    self._watch.check_all_soon()
-                generation, run_id = reader.generation, reader.run_id
-                if restarted:
-                    # Another run may have lost our stream's end: its new ids can lie below our cursor.
-                    cursor = "0"
-                    continue
-            for _, entries in batch:
-                for entry_id, fields in entries:
-                    self._hear(fields)
-                    cursor = entry_id
+        async def keep_up() -> None:
+            while True:
+                try:
+                    await run()
+                except Exception:
+                    log.exception("caller task failed, starting it again", extra={"task": name, "gateway": self.id})
+                await asyncio.sleep(RESTART_S)
+                self._watch.check_all_soon()
 
-    def _hear(self, fields: Mapping[str, bytes]) -> None:
-        try:
-            entry = parse_out(fields)
-        except ForeignEntry as error:
-            log.warning("foreign entry on the out-stream", extra={"gateway": self.id, "why": str(error)})
-            return
-        if isinstance(entry, Answer):
-            future = self._answers.get(entry.id)
-            if future is not None and not future.done():
-                future.set_result(entry)
-            return
-        call = self._calls.get(entry.job_id)
-        if call is not None:
-            self._fold(call, entry)
-
-    def _fold(self, call: Call, entry: OutEntry) -> None:
-        call.heard_at = asyncio.get_running_loop().time()
-        following = call.following
-        match entry:
-            case Frame():
-                following.frame(entry.fence, entry.offset, entry.text)
-            case End():
-                whole = entry.text if len(entry.text) == entry.text_len else None
-                following.end(entry.fence, entry.text_len, to_ended(entry), whole)
-            case Marker():
-                call.node = entry.node
-                following.marker(entry.fence, entry.text_len)
-                if not following.text and following.hole() is None:
-                    return  # nothing that a caller could see
-            case Detached():
-                if entry.by != self.id:
-                    call.detached_by = entry.by
-                    call.elsewhere = not following.streamed
-        self._settle(call)
-
-    def _settle(self, call: Call) -> None:
-        if call.following.ended is not None:
-            self._leave(call)
-        elif call.following.hole() is not None:
-            self._watch.fill_soon(call)
-        call.wake()
+        self._tasks.append(asyncio.create_task(keep_up(), name=f"{self.id} {name}"))
 
 
-def read_count(waiting: int) -> int:
-    """How many entries to take at once: about a quarter of the jobs that wait.
-
-    Taking all of them makes callers, server and workers take turns: everybody's answers come in one batch, so their
-    next jobs leave in one batch, while all others wait. With less, the next read is on its way meanwhile: at 32 jobs
-    in flight benchmarks/bus.py gives 5,000 jobs/s instead of 3,500.
-    """
-    return min(READ_MAX, max(READ_MIN, waiting // 4))
-
-
-def to_ended(end: End) -> Ended:
-    reason = end.error_code if end.reason == "error" and end.error_code else end.reason
+def refused_end(refused: Refused) -> Ended:
+    """How a refusal ends for those who had joined the job before it was answered."""
     return Ended(
-        state=end.state,
-        reason=reason,
-        prompt_tokens=end.prompt_tokens,
-        new_tokens=end.new_tokens,
-        node=end.node,
-        error_code=end.error_code,
-        error_message=end.error_message,
-        retry_after_ms=end.retry_after_ms,
-        attempts=int(end.fence.partition(".")[0] or 0),
+        state="failed",
+        reason=refused.code,
+        error_code=refused.code,
+        error_message=refused.reason,
+        retry_after_ms=refused.retry_after_ms,
     )
 
 
-def _report(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        log.error("caller task ended", extra={"task": task.get_name()}, exc_info=error)
+def _asked(call: Call, question: asyncio.Future[None]) -> None:
+    """Whoever waits for the question hears how it went; that nobody does is no error."""
+    call.asking = None
+    if not question.cancelled():
+        question.exception()

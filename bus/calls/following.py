@@ -53,20 +53,26 @@ class Following:
     until the end. `fence` is "" until the first marker (or until an attach named it).
     """
 
-    __slots__ = ("_pending_end", "_target", "ended", "fence", "streamed", "text")
+    __slots__ = ("_pending_end", "_target", "ended", "fence", "markers", "streamed", "text")
 
     def __init__(self, *, streamed: bool, fence: str = "") -> None:
         self.streamed = streamed
         self.fence = fence
         self.text = bytearray()
         self.ended: Ended | None = None
+        self.markers = 0  # heard so far: an answer that was asked for before the last one is older than what we know
         self._target = 0  # the text of the current fence is known to reach this far
         self._pending_end: Ended | None = None  # held back until the text is whole
+
+    def stream(self) -> None:
+        """Frames count from now on: somebody wants them of a job whose first caller waits for the whole."""
+        self.streamed = True
 
     def marker(self, fence: str, text_len: int) -> None:
         """A new attempt took over; it starts at `text_len`, with the same bytes below that."""
         if self.ended is not None or self._pending_end is not None:
             return
+        self.markers += 1
         self.fence = fence
         self._target = text_len if self.streamed else 0
 

@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator
 
 import msgspec
 
-from bus.calls.following import Ended, Following
-from bus.codec.wire import Policy, Submission
+from bus.calls.call import Call
+from bus.calls.following import Ended
+from bus.codec.wire import Policy
 from bus.ids import JobId
 
 
@@ -39,49 +40,6 @@ class Detached(msgspec.Struct, frozen=True):
 
 
 HandleEvent = TextDelta | Finished | Detached
-
-
-class Call:
-    """A job that this process waits for: shared by its handles, fed by the readers of `Caller`."""
-
-    __slots__ = (
-        "cancelled_by",
-        "closing_at",
-        "deadline_at",
-        "deadline_ms",
-        "detached_by",
-        "elsewhere",
-        "filling",
-        "following",
-        "handles",
-        "heard_at",
-        "job_id",
-        "node",
-        "policy",
-        "submission",
-    )
-
-    def __init__(
-        self, job_id: JobId, following: Following, submission: Submission | None, now: float, deadline_at: float
-    ) -> None:
-        self.job_id = job_id
-        self.following = following
-        self.submission = submission  # None: attached, we never held the request
-        self.handles: list[JobHandle] = []
-        self.heard_at = now  # loop time of the last entry or state check
-        self.deadline_at = deadline_at  # loop time after which we end it ourselves: the server did not
-        self.deadline_ms = 0  # of the job, by the server's clock
-        self.filling = False
-        self.elsewhere = False  # the job is on another gateway's stream: its end is found by asking
-        self.detached_by = ""
-        self.node = ""
-        self.policy: Policy = submission.policy if submission is not None else "cancel"
-        self.closing_at: float | None = None  # loop time at which a job without handles is cancelled
-        self.cancelled_by = ""  # an explicit cancel that has not reached the server yet
-
-    def wake(self) -> None:
-        for handle in self.handles:
-            handle._wake()
 
 
 class JobHandle:
@@ -125,7 +83,7 @@ class JobHandle:
             return TextDelta(start, bytes(following.text[start:]))
         if following.ended is not None:
             return Finished(following.ended, len(following.text))
-        return Detached(call.detached_by) if call.detached_by else None
+        return Detached(call.taken_by) if call.taken_by else None
 
     async def next(self, timeout_s: float | None = None) -> HandleEvent | None:
         """The next piece of text, the end or the detachment; None if there is nothing within the time.
@@ -160,8 +118,6 @@ class JobHandle:
         """
         following = self._call.following
         while following.ended is None:
-            if self._call.detached_by:
-                self._call.elsewhere = True
             await self._wait()
         self._position = len(following.text)
         return bytes(following.text), following.ended
@@ -179,7 +135,8 @@ class JobHandle:
         if not call.handles and call.following.ended is None:
             call.closing_at = asyncio.get_running_loop().time()
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Something was heard of the job."""
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)

@@ -1,27 +1,30 @@
 """What a caller does about silence: leases, holes, state checks, re-drives, and clients that went away.
 
-One ticking task for all jobs of the process. The decision (`next_step`) is pure; acting on it is one request each.
+One ticking task for all jobs of the process. The decisions (`next_step`, `after_loss`) are pure and lie in
+`bus.calls.call`; acting on one is an errand to the server: one of a kind a job, and CHECKS_MAX checks in all.
 """
 
 import asyncio
 import logging
-from collections.abc import Coroutine
-from typing import Any, Literal
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import msgspec
 
+from bus.calls.call import Call, Errand, after_loss, next_step, where_of
 from bus.calls.following import Ended, Hole, interrupted
-from bus.calls.handle import Call
 from bus.cell import Cell
-from bus.codec.wire import Accepted, JobRecord, NotYours, Refused, attempt_of
+from bus.codec.wire import Accepted, JobRecord, NotYours, Refused, Submission, attempt_of
 from bus.ids import Fence, GatewayId, JobId, parse_cell
 from bus.link import LinkError
 from bus.settings import Settings
 
 log = logging.getLogger(__name__)
 
-ELSEWHERE_CHECK_S = 1.0
-IN_FLIGHT_MAX = 256  # state checks at a time
+CHECKS_MAX = 256  # state checks at a time
+LOSS_WAIT_MS = 3_000  # beyond the silence after which the process that holds the request notices a loss
+DEADLINE_LEASES = 3  # how long after its deadline a job may still be heard of: the sweep and its grace take time
 
 LOST = Ended(
     state="failed",
@@ -36,20 +39,6 @@ LATE = Ended(
     error_message="the job was not finished within its deadline, and the job store does not answer",
 )
 
-Step = Literal["nothing", "check", "cancel", "forget", "end"]
-
-
-def next_step(call: Call, now: float, *, silence_s: float, grace_s: float) -> Step:
-    """What is due for this job at loop time `now`."""
-    if now >= call.deadline_at:
-        return "end"
-    if call.cancelled_by:
-        return "cancel"
-    if call.closing_at is not None and now - call.closing_at >= grace_s:
-        return "cancel" if call.policy == "cancel" and not call.elsewhere else "forget"
-    patience_s = ELSEWHERE_CHECK_S if call.elsewhere else silence_s
-    return "check" if now - call.heard_at >= patience_s else "nothing"
-
 
 class CallWatch:
     """Owned by `Caller`, which shares its table and cells."""
@@ -63,8 +52,11 @@ class CallWatch:
         self._gateway = gateway
         self._out = out
         self._work: set[asyncio.Task[None]] = set()
+        self._due: OrderedDict[str, None] = OrderedDict()  # jobs to be checked as soon as there is room
+        self._checking = 0
         self._check_all = False
         self._tick = asyncio.Event()
+        self._clock_ms: dict[int, float] = {}  # per cell: the server's clock minus ours (loop time)
 
     async def run(self) -> None:
         """Until cancelled: renew the leases, then look at every job."""
@@ -91,8 +83,8 @@ class CallWatch:
         if hand_over:
             return
         for call in list(self._calls.values()):
-            if call.policy == "cancel" and not call.elsewhere and call.following.ended is None:
-                self._spawn(self._cancel(call, "caller stopped"))
+            if call.policy == "cancel" and call.where in ("asking", "here") and call.following.ended is None:
+                self._spawn(self._cancel(call))
         for cell in self._cells:
             self._spawn(self._drop_lease(cell))
         if self._work:
@@ -100,76 +92,145 @@ class CallWatch:
         for task in list(self._work):
             task.cancel()
 
+    async def renew(self, cell: Cell) -> None:
+        """Renew our lease in a cell; the answer tells the server's clock. Raises LinkError."""
+        expires_ms = await cell.lease(self._gateway)
+        now_ms = asyncio.get_running_loop().time() * 1000
+        self._clock_ms[cell.cell] = expires_ms - self._settings.lease_ms - now_ms
+
+    def expect_by(self, call: Call, deadline_ms: int) -> None:
+        """The job's deadline, as the server has it."""
+        call.deadline_ms = deadline_ms
+        clock_ms = self._clock_ms.get(self._cell(call.job_id).cell)
+        if clock_ms is not None:
+            call.deadline_at = (deadline_ms - clock_ms + DEADLINE_LEASES * self._settings.lease_ms) / 1000
+
     def check_all_soon(self) -> None:
         """After a reconnect or on another server run: what we waited for may be over, moved or forgotten."""
         self._check_all = True
         self._tick.set()
 
+    def check_soon(self, call: Call) -> None:
+        call.heard_at = float("-inf")
+        self._tick.set()
+
     def fill_soon(self, call: Call) -> None:
-        if not call.filling:
-            call.filling = True
-            self._spawn(self._fill(call))
+        self._start("fill", call, self._fill)
+
+    async def check_quietly(self, call: Call) -> None:
+        """As `check`, but what could not be asked now is left to the next time."""
+        try:
+            await self.check(call)
+        except LinkError as error:
+            log.info("job state not known yet", extra={"job": call.job_id, "why": str(error)})
 
     async def check(self, call: Call) -> None:
         """Ask for the job's state and take it over. Raises LinkError."""
         cell = self._cell(call.job_id)
         call.heard_at = asyncio.get_running_loop().time()
+        markers = call.following.markers
         record = await cell.job(call.job_id)
         if call.following.ended is not None:
             return
         if record is None:
-            await self._redrive(call, cell)
+            await self._lost(call, cell)
         else:
-            await self.take_record(call, cell, record)
+            await self.take_record(call, cell, record, markers)
 
-    async def take_record(self, call: Call, cell: Cell, record: JobRecord) -> None:
-        """Fold a job hash as if its news had come on the stream. Raises LinkError."""
-        following = call.following
+    async def take_record(self, call: Call, cell: Cell, record: JobRecord, markers: int) -> None:
+        """Fold a job hash as if its news had come on the stream. Raises LinkError.
+
+        markers: how many had been heard when it was asked for. If one has come since, the record is the older news.
+        """
+        call.missing_at = None
+        self.expect_by(call, record.deadline_ms)
+        if call.submission is None:
+            call.policy = "keep" if record.policy == "keep" else "cancel"
         if record.ended:
-            text = None if following.streamed and following.text else await cell.text(call.job_id, record.fence)
-            if following.streamed:
-                following.end(record.fence, record.text_len, ended_of(record), None)
-                hole = following.hole()
-                if text is not None and hole is not None and hole.start == 0:
-                    following.filled(hole, text)
-            else:
-                following.end(record.fence, record.text_len, ended_of(record), text)
-        elif record.route.gateway != self._gateway and not call.elsewhere:
-            call.detached_by = record.route.gateway or record.route.out
-            call.elsewhere = not following.streamed
-        elif record.state == "running" and record.fence != following.fence:
-            call.node = record.node
-            following.marker(record.fence, record.text_len)
-        call.deadline_ms = call.deadline_ms or record.deadline_ms
-        self._after(call)
+            await self._take_end(call, cell, record)
+        elif call.following.markers == markers:
+            call.move_to(where_of(record.route, self._gateway), record.route.gateway or record.route.out)
+            if call.where == "stored":
+                await self._take_stored(call, cell, record)
+            elif record.state == "running" and record.fence != call.following.fence:
+                call.node = record.node
+                call.following.marker(record.fence, record.text_len)
+        self.settle(call)
+
+    def settle(self, call: Call, *, refill: bool = True) -> None:
+        """After news of a job: it leaves the table at its end, its holes are filled, its handles wake."""
+        if call.following.ended is not None:
+            if self._calls.get(call.job_id) is call:
+                del self._calls[call.job_id]
+        elif refill and call.following.hole() is not None:
+            self.fill_soon(call)
+        call.wake()
 
     # steps
 
     def _look(self) -> None:
         now = asyncio.get_running_loop().time()
-        everything, self._check_all = self._check_all, False
+        if self._check_all:
+            self._check_all = False
+            self._due.update(dict.fromkeys(self._calls))
         silence_s = self._settings.silence_ms / 1000
         grace_s = self._settings.client_grace_ms / 1000
         for call in list(self._calls.values()):
-            step = next_step(call, now, silence_s=silence_s, grace_s=grace_s)
-            if step == "end":
-                call.following.give_up(LATE)
-                self._after(call)
-            elif step == "cancel":
-                call.closing_at = now  # tried again after another grace
-                self._spawn(self._cancel(call, call.cancelled_by or "client gone"))
-            elif step == "forget":
-                del self._calls[call.job_id]
-            elif step == "check" or everything:
-                if len(self._work) >= IN_FLIGHT_MAX:
-                    self._check_all = everything
-                    return
-                call.heard_at = now
-                self._spawn(self._check_quietly(call))
+            match next_step(call, now, silence_s=silence_s, grace_s=grace_s):
+                case "end":
+                    call.following.give_up(LATE)
+                    self.settle(call)
+                case "cancel":
+                    call.tried_at = now
+                    self._start("cancel", call, self._cancel)
+                case "forget":
+                    del self._calls[call.job_id]
+                case "check":
+                    self._due[call.job_id] = None
+        self._check_due()
+
+    def _check_due(self) -> None:
+        """Start the checks that are due, the longest waiting first; those without room follow as others end."""
+        while self._due and self._checking < CHECKS_MAX:
+            job_id, _ = self._due.popitem(last=False)
+            call = self._calls.get(job_id)
+            if call is not None and call.where != "asking" and "check" not in call.errands:
+                self._checking += 1
+                self._start("check", call, self._check_one)
+
+    async def _check_one(self, call: Call) -> None:
+        try:
+            await self.check_quietly(call)
+        finally:
+            self._checking -= 1
+            self._check_due()
+
+    async def _take_end(self, call: Call, cell: Cell, record: JobRecord) -> None:
+        following = call.following
+        text = None if following.streamed and following.text else await cell.text(call.job_id, record.fence)
+        if not following.streamed:
+            following.end(record.fence, record.text_len, ended_of(record), text)
+            return
+        following.end(record.fence, record.text_len, ended_of(record), None)
+        hole = following.hole()
+        if text is not None and hole is not None and hole.start == 0:
+            following.filled(hole, text)
+
+    async def _take_stored(self, call: Call, cell: Cell, record: JobRecord) -> None:
+        """No frames come of a plain producer's job: read what is stored. That of a new attempt is read from its
+        beginning, so that it is compared with what was shown."""
+        following = call.following
+        call.node = record.node
+        start = len(following.text)
+        if record.fence != following.fence:
+            following.marker(record.fence, 0)
+            start = 0
+        if record.text_len > start:
+            following.frame(record.fence, start, await cell.text(call.job_id, record.fence, start))
 
     async def _renew(self, cell: Cell) -> None:
         try:
-            await cell.lease(self._gateway)
+            await self.renew(cell)
         except LinkError as error:
             log.warning(
                 "gateway lease not renewed", extra={"gateway": self._gateway, "cell": cell.cell, "why": str(error)}
@@ -180,12 +241,6 @@ class CallWatch:
             await cell.drop_lease(self._gateway)
         except LinkError as error:
             log.info("gateway lease left to lapse", extra={"gateway": self._gateway, "why": str(error)})
-
-    async def _check_quietly(self, call: Call) -> None:
-        try:
-            await self.check(call)
-        except LinkError as error:
-            log.info("job state not known yet", extra={"job": call.job_id, "why": str(error)})
 
     async def _fill(self, call: Call) -> None:
         """Read what is missing from the stored text, until nothing is."""
@@ -199,41 +254,53 @@ class CallWatch:
         except LinkError as error:
             # The next check (after the reconnect or the silence) finds the hole again.
             log.info("missing text not read yet", extra={"job": call.job_id, "why": str(error)})
-        finally:
-            call.filling = False
-        self._after(call, refill=False)
+        self.settle(call, refill=False)
 
     async def _explain_hole(self, call: Call, cell: Cell, hole: Hole) -> None:
         """The stored text does not have it: a newer attempt, a forgotten job, or a text that has expired."""
+        markers = call.following.markers
         record = await cell.job(call.job_id)
         following = call.following
+        if following.markers != markers:
+            return  # a newer attempt was heard of meanwhile
         if record is None:
             if following.waiting_for_text() is not None:
                 following.give_up(interrupted("the stored answer has expired before it was read"))
             else:
-                await self._redrive(call, cell)
+                await self._lost(call, cell)
         elif record.ended and record.fence == hole.fence:
             following.give_up(interrupted("the stored answer is not complete; ask again"))
         elif record.state == "running" and record.fence != hole.fence:
             following.marker(record.fence, record.text_len)
 
-    async def _redrive(self, call: Call, cell: Cell) -> None:
-        """The server has forgotten the job: submit the same id again, with what was shown of it."""
-        submission = call.submission
-        if submission is None or call.elsewhere:
-            call.following.give_up(LOST)
-            self._after(call)
-            return
+    async def _lost(self, call: Call, cell: Cell) -> None:
+        """The server does not know the job."""
+        now = asyncio.get_running_loop().time()
+        call.missing_at = now if call.missing_at is None else call.missing_at
+        match after_loss(call, now, wait_s=(self._settings.silence_ms + LOSS_WAIT_MS) / 1000):
+            case "redrive":
+                assert call.submission is not None
+                await self._redrive(call, cell, call.submission)
+            case "give up":
+                call.following.give_up(LOST)
+                self.settle(call)
+
+    async def _redrive(self, call: Call, cell: Cell, submission: Submission) -> None:
+        """Submit the same id again, with what was shown of it."""
         following = call.following
         shown = bytes(following.text) if following.streamed else b""
         again = msgspec.structs.replace(
             submission,
+            job=msgspec.structs.replace(submission.job, stream=following.streamed),
             redrive=True,
             attempt_floor=attempt_of(Fence(following.fence)) if following.fence else 0,
             shown_text=shown,
             deadline_at_ms=call.deadline_ms,
         )
         answer = await cell.submit(again)
+        if isinstance(answer, Accepted) and answer.job_id != call.job_id:
+            # The record of the idempotency key was lost too, and a retry has begun another job under the key.
+            answer = await cell.submit(msgspec.structs.replace(again, idem_key=""))
         log.warning(
             "job driven again", extra={"job": call.job_id, "shown": len(shown), "answer": type(answer).__name__}
         )
@@ -243,35 +310,44 @@ class CallWatch:
                     Ended(state="failed", reason=answer.code, error_code=answer.code, error_message=answer.reason)
                 )
             case Accepted():
-                call.deadline_ms = answer.deadline_ms
-        self._after(call)
+                call.missing_at = None
+                self.expect_by(call, answer.deadline_ms)
+                ours = not answer.existing or answer.gateway == self._gateway
+                call.move_to("here" if ours else "elsewhere", answer.gateway)
+        self.settle(call)
 
-    async def _cancel(self, call: Call, by: str) -> None:
-        only = None if call.cancelled_by else self._gateway
+    async def _cancel(self, call: Call) -> None:
+        explicit = bool(call.cancelled_by)
+        by, only = (call.cancelled_by, None) if explicit else ("client gone", self._gateway)
         try:
             result = await self._cell(call.job_id).cancel(call.job_id, by, only_gateway=only)
         except LinkError as error:
             log.info("cancel not delivered yet", extra={"job": call.job_id, "why": str(error)})
             return
-        call.cancelled_by = ""
+        if explicit:
+            call.cancelled_by = ""
         if not call.handles:
             # Nobody waits for the end any more; the job's terminal is stored all the same.
             self._calls.pop(call.job_id, None)
         elif isinstance(result, NotYours):
-            self.check_all_soon()
-
-    def _after(self, call: Call, *, refill: bool = True) -> None:
-        if call.following.ended is not None:
-            if self._calls.get(call.job_id) is call:
-                del self._calls[call.job_id]
-        elif refill and call.following.hole() is not None:
-            self.fill_soon(call)
-        call.wake()
+            self.check_soon(call)
 
     def _cell(self, job_id: JobId) -> Cell:
         cell = parse_cell(job_id, len(self._cells))
         assert cell is not None, "only ids of our layout enter the table"
         return self._cells[cell]
+
+    def _start(self, errand: Errand, call: Call, work: Callable[[Call], Coroutine[Any, Any, None]]) -> None:
+        """Begin an errand for a job, unless one of its kind is on its way."""
+        if errand not in call.errands:
+            call.errands.add(errand)
+            self._spawn(self._run_errand(errand, call, work))
+
+    async def _run_errand(self, errand: Errand, call: Call, work: Callable[[Call], Coroutine[Any, Any, None]]) -> None:
+        try:
+            await work(call)
+        finally:
+            call.errands.discard(errand)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

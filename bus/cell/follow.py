@@ -10,6 +10,7 @@ from bus.codec.wire import (
     Ended,
     JobRecord,
     NotYours,
+    Policy,
     Route,
     Unknown,
     WrongGateway,
@@ -35,7 +36,8 @@ class FollowCalls(CellBase):
         """Take the stream over: further entries go to `out`, the old out-stream gets `detached`. From here on the job
         streams, also if its first caller wanted the whole.
 
-        A job that has ended answers its record; its text is read with `text(job_id, record.fence, ...)`.
+        A job that has ended answers its record; its text is read with `text(job_id, record.fence, ...)`. So does one of
+        a plain producer, whose stream stays his: follow it by its record and its stored text.
         """
         keys, own = self.keys, self.keys.job(job_id)
         for _ in range(CHANGE_TRIES_MAX):
@@ -59,8 +61,9 @@ class FollowCalls(CellBase):
             match answer[0]:
                 case b"attached":
                     fence = Fence(answer[2].decode())
-                    return Attached(job_id, answer[1].decode(), fence, int(answer[3]), int(answer[4]))
-                case b"ended" | b"unknown":
+                    policy: Policy = "keep" if answer[5] == b"keep" else "cancel"
+                    return Attached(job_id, answer[1].decode(), fence, int(answer[3]), int(answer[4]), policy)
+                case b"plain" | b"ended" | b"unknown":
                     return await self.job(job_id) or Unknown(job_id)
         return Unknown(job_id)
 

@@ -1,7 +1,7 @@
--- Another gateway takes the stream over.
+-- Another gateway takes the stream over. Not that of a plain producer: he has nobody else to hear the end from.
 -- KEYS job, new out, new gateway's set, old out, old gateway's set, text, tokens. Absent ones are the job's own key.
 -- ARGV job, fence, old route, new route, gateway, out_ttl, job_keep.
--- Answers {'attached', state, fence, text_len, deadline}, {'ended', state}, {'moved'}, {'unknown'}.
+-- Answers {'attached', state, fence, text_len, deadline, policy}, {'plain', state}, {'ended', state}, {'moved'}, {'unknown'}.
 local job_key, out_key, set_key, old_out, old_set, text_key, tokens_key = unpack(KEYS, 1, 7)
 local job_id, fence, old_route, new_route, gateway = unpack(ARGV, 1, 5)
 local out_ttl, job_keep = tonumber(ARGV[6]), tonumber(ARGV[7])
@@ -12,12 +12,12 @@ elseif h[1] ~= 'queued' and h[1] ~= 'running' then
   return {'ended', h[1]}
 elseif h[2] ~= fence or h[3] ~= old_route then
   return {'moved'}
+elseif sub(old_route, 1, 6) == 'reply:' then
+  return {'plain', h[1]}
 end
-local model, flags, _, _, _, deadline = string.match(h[4], SPEC)
+local model, flags, policy, _, _, deadline = string.match(h[4], SPEC)
 local text_len = call('STRLEN', text_key)
-if old_set ~= job_key and old_set ~= set_key then
-  call('SREM', old_set, job_id)
-end
+call('SREM', old_set == job_key and set_key or old_set, job_id) -- a freeing command first: what follows passes at maxmemory
 if old_route ~= new_route then
   call('HSET', job_key, 'route', new_route)
   if old_out ~= out_key then
@@ -34,4 +34,4 @@ if h[1] == 'running' then
   send(out_key, out_ttl, 'type', 'marker', 'job', job_id, 'fence', fence, 'node', string.match(h[5], ON_NODE) or '', 'text_len', text_len,
     'token_len', floor(call('STRLEN', tokens_key) / 4))
 end
-return {'attached', h[1], fence, text_len, deadline}
+return {'attached', h[1], fence, text_len, deadline, policy}

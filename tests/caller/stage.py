@@ -1,12 +1,16 @@
 """A dispatcher and a worker driven by hand, step by step, over a real server: the caller's counterpart in tests."""
 
+import asyncio
+
 from msgspec.structs import replace
 
+from bus.calls.handle import HandleEvent, JobHandle, TextDelta
 from bus.cell import Cell
 from bus.codec.entries import Assignment, parse_assignment
 from bus.codec.events import NodeBeat
 from bus.codec.wire import Assigned, FinishPiece, FinishReply, FlushPiece, FlushReply, Moved, Owned, Pick, new_nonce
-from bus.ids import Fence, Holder, JobId, NodeId
+from bus.ids import Fence, Holder, JobId, ModelName, NodeId
+from bus.jobs import ChatJob, Message
 from bus.keys import WORKERS_GROUP
 from bus.link import Link, Reader, ServerAddress
 from bus.settings import Settings
@@ -15,6 +19,10 @@ MODEL = "echo"
 SETTINGS = Settings().changed(
     model=MODEL, lease_ms=1_500, renew_ms=300, self_fence_ms=1_200, silence_ms=400, block_ms=200, client_grace_ms=200
 )
+
+
+def chat(*, stream: bool = True, model: str = MODEL) -> ChatJob:
+    return ChatJob(model=ModelName(model), messages=(Message("user", "hello"),), max_tokens=20, stream=stream)
 
 
 class Stage:
@@ -48,6 +56,7 @@ class Stage:
 
     async def give(self, job_id: JobId) -> Assignment:
         """Assign the queued job to the node, and read it from the node's stream."""
+        await self.cell.lease(self.holder)
         view = await self.cell.look()
         queue, head = next((one.queue, head) for one in view.queues for head in one.heads if head.job_id == job_id)
         pick = Pick(head.entry_id, job_id, head.fence, head.out, (self.node,), new_nonce())
@@ -88,3 +97,37 @@ class Stage:
 
     async def close(self) -> None:
         await self._reader.close()
+
+
+async def text_of(handle: JobHandle) -> tuple[str, HandleEvent]:
+    """Everything until the end; offsets are checked on the way."""
+    text = b""
+    async with asyncio.timeout(10):
+        async for event in handle:
+            if isinstance(event, TextDelta):
+                assert event.offset == len(text)
+                text += event.text
+            else:
+                return text.decode(), event
+    raise AssertionError("no end")
+
+
+async def next_text(handle: JobHandle) -> str:
+    event = await handle.next(5)
+    assert isinstance(event, TextDelta), event
+    return event.text.decode()
+
+
+async def text_of_rest(handle: JobHandle) -> tuple[str, HandleEvent]:
+    text = b""
+    async with asyncio.timeout(10):
+        async for event in handle:
+            if not isinstance(event, TextDelta):
+                return text.decode(), event
+            text += event.text
+    raise AssertionError("no end")
+
+
+async def state_is(stage: Stage, handle: JobHandle, state: str) -> bool:
+    record = await stage.cell.job(handle.job_id)
+    return record is not None and record.state == state

@@ -1,55 +1,17 @@
 """A caller's promises on a real server: one end for each job, no gap and no repeat, whatever is lost on the way."""
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import pytest
 
-from bus.calls.caller import Caller, CallOptions, Refusal, UnknownJob, read_count
-from bus.calls.handle import Detached, Finished, HandleEvent, JobHandle, TextDelta
+from bus.calls.caller import Caller, CallOptions, Refusal, UnknownJob
+from bus.calls.handle import Detached, Finished, JobHandle
+from bus.calls.outstream import read_count
 from bus.codec.wire import Ended as EndedJob
-from bus.ids import ModelName
-from bus.jobs import ChatJob, Message
 from bus.link import Link, ServerAddress
-from tests.caller.stage import MODEL, SETTINGS, Stage
+from tests.caller.stage import SETTINGS, Stage, chat, next_text, state_is, text_of, text_of_rest
 from tests.conftest import wait_until
 from tests.harness.servers import ValkeyServer
-
-
-def chat(*, stream: bool = True, model: str = MODEL) -> ChatJob:
-    return ChatJob(model=ModelName(model), messages=(Message("user", "hello"),), max_tokens=20, stream=stream)
-
-
-@pytest.fixture
-async def stage(address: ServerAddress, link: Link) -> AsyncIterator[Stage]:
-    stage = await Stage.open(address, link)
-    yield stage
-    await stage.close()
-
-
-@pytest.fixture
-async def caller(address: ServerAddress, stage: Stage) -> AsyncIterator[Caller]:
-    async with Caller(address, SETTINGS) as caller:
-        yield caller
-
-
-async def text_of(handle: JobHandle) -> tuple[str, HandleEvent]:
-    """Everything until the end; offsets are checked on the way."""
-    text = b""
-    async with asyncio.timeout(10):
-        async for event in handle:
-            if isinstance(event, TextDelta):
-                assert event.offset == len(text)
-                text += event.text
-            else:
-                return text.decode(), event
-    raise AssertionError("no end")
-
-
-async def next_text(handle: JobHandle) -> str:
-    event = await handle.next(5)
-    assert isinstance(event, TextDelta), event
-    return event.text.decode()
 
 
 async def test_a_streamed_answer_comes_whole_and_ends_once(caller: Caller, stage: Stage) -> None:
@@ -113,16 +75,6 @@ async def test_a_stream_goes_on_where_a_dead_worker_left_it(caller: Caller, stag
     assert text == "lo"
     assert isinstance(end, Finished)
     assert end.ended.attempts == 2
-
-
-async def text_of_rest(handle: JobHandle) -> tuple[str, HandleEvent]:
-    text = b""
-    async with asyncio.timeout(10):
-        async for event in handle:
-            if not isinstance(event, TextDelta):
-                return text.decode(), event
-            text += event.text
-    raise AssertionError("no end")
 
 
 async def test_frames_that_were_lost_are_read_from_the_stored_text(
@@ -231,7 +183,7 @@ async def test_a_client_that_went_away_cancels_its_job_after_the_grace(caller: C
 
     handle.close()
 
-    await wait_until(lambda: _state_is(stage, handle, "cancelled"), timeout_s=5)
+    await wait_until(lambda: state_is(stage, handle, "cancelled"), timeout_s=5)
     assert caller.waiting == 0
 
 
@@ -242,7 +194,7 @@ async def test_a_client_that_comes_back_within_the_grace_keeps_its_job(caller: C
     again = await caller.attach(handle.job_id)
     await asyncio.sleep(SETTINGS.client_grace_ms / 1000 * 3)
 
-    assert await _state_is(stage, again, "queued")
+    assert await state_is(stage, again, "queued")
 
 
 async def test_a_job_to_be_kept_outlives_its_client(caller: Caller, stage: Stage) -> None:
@@ -251,12 +203,7 @@ async def test_a_job_to_be_kept_outlives_its_client(caller: Caller, stage: Stage
     handle.close()
     await wait_until(lambda: caller.waiting == 0, timeout_s=5)
 
-    assert await _state_is(stage, handle, "queued")
-
-
-async def _state_is(stage: Stage, handle: JobHandle, state: str) -> bool:
-    record = await stage.cell.job(handle.job_id)
-    return record is not None and record.state == state
+    assert await state_is(stage, handle, "queued")
 
 
 async def test_a_cancel_ends_a_waiting_job_at_once(caller: Caller) -> None:
