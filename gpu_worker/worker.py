@@ -19,7 +19,7 @@ from bus.ids import NodeId, cell_of_model, is_model_name, is_node_id
 from bus.keys import CellKeys
 from bus.link import Link, LinkError, ServerAddress
 from bus.process.child import ParentLine, resolve
-from bus.process.exits import StartError
+from bus.process.exits import NameTaken, StartError
 from bus.process.startup import prepare_server
 from bus.settings import Settings
 from gpu_worker.beats import Beater, make_beat
@@ -27,6 +27,7 @@ from gpu_worker.echo_engine import EchoEngine
 from gpu_worker.echo_script import EchoKnobs
 from gpu_worker.engine import Engine, EngineInfo, EngineStartError
 from gpu_worker.lease import LeaseThread
+from gpu_worker.names import is_default_name
 from gpu_worker.reader import NodeReader
 from gpu_worker.service import NodeService
 
@@ -46,6 +47,8 @@ async def run(settings: Settings, parent: ParentLine) -> None:
         await resolve(RELAY)(settings, parent)
         return
     address = await prepare_server(settings)
+    if is_default_name(settings):
+        await leave_taken_name(settings, address, parent.stop)
     started = await start_unless_stopped(settings, parent.stop)
     if started is None:
         return
@@ -113,19 +116,53 @@ def choose_cell(models: tuple[str, ...], cells: int) -> int:
     return found.pop()
 
 
-async def own_node(cell: Cell, node: NodeId, stop: asyncio.Event) -> Owned | None:
-    """Take the node; waits for an older holder's lease to lapse. None if told to stop meanwhile."""
+async def own_node(cell: Cell, node: NodeId, stop: asyncio.Event, *, may_move: bool = False) -> Owned | None:
+    """Take the node; waits for an older holder's lease to lapse. None if told to stop meanwhile.
+
+    may_move: another name would do; raises NameTaken as soon as the older holder is seen to live.
+    """
     patience_s = OWN_PATIENCE * cell.settings.lease_ms / 1000
     end_s = asyncio.get_running_loop().time() + patience_s
+    before: HeldBy | None = None
     while not stop.is_set():
         answer = await cell.own(node, node)
         if isinstance(answer, Owned):
             return answer
+        if may_move and is_alive(before, answer):
+            raise NameTaken(_taken(node, answer))
+        before = answer
         if asyncio.get_running_loop().time() > end_s:
             raise StartError(_taken(node, answer))
         log.info("node is held by another, waiting", extra={"node": node, "holder": answer.holder})
         await asyncio.sleep(cell.settings.lease_ms / 10_000)
     return None
+
+
+def is_alive(before: HeldBy | None, now: HeldBy) -> bool:
+    """A holder that renewed its lease between two looks, or that needs none: a registration over HTTP."""
+    renewed = before is not None and before.holder == now.holder and before.expires_ms < now.expires_ms
+    return renewed or not now.expires_ms
+
+
+async def leave_taken_name(settings: Settings, address: ServerAddress, stop: asyncio.Event) -> None:
+    """Find out before the engine loads its model; `own` checks again. Raises NameTaken.
+
+    A lease that only lapses is an older process of this name that died: its node will be ours.
+    """
+    node = NodeId(settings.node_id)
+    model = settings.echo_models.partition(",")[0].strip() if settings.engine == "echo" else settings.model
+    before: HeldBy | None = None
+    async with connected_cell(settings, address, cell_of_model(model, settings.cells), node) as cell:
+        while not stop.is_set():
+            view = await cell.node(node)
+            if view is None or not view.leased:
+                return
+            expiry = await cell.link.send("ZSCORE", cell.keys.leases, view.owner)
+            holder = HeldBy(node, view.owner, int(float(expiry or 0)) or 1)
+            if is_alive(before, holder):
+                raise NameTaken(_taken(node, holder))
+            before = holder
+            await asyncio.sleep(settings.lease_ms / 20_000)
 
 
 def _taken(node: NodeId, answer: HeldBy) -> str:
@@ -152,7 +189,7 @@ async def serve(
     node = NodeId(settings.node_id)
     number = choose_cell(info.models, settings.cells)
     async with connected_cell(settings, address, number, node) as cell:
-        owned = await own_node(cell, node, parent.stop)
+        owned = await own_node(cell, node, parent.stop, may_move=is_default_name(settings))
         if owned is None:
             return
         parent.owns(number, node, owned.holder)

@@ -248,14 +248,14 @@ class Fleet:
     async def _stop(self) -> None:
         """Roles together, then the server; each bounded. Runs also when the start failed half-way."""
         self._stopping = self._ending = True
+        with contextlib.suppress(OSError):  # first: workers that joined us drain while the server is still there
+            (self._var_dir / SERVER_URL_FILE).unlink()
         grace_s = self._settings.drain_grace_ms / 1000 + STOP_MARGIN_S
         async with asyncio.TaskGroup() as stops:
             for role in self._roles:
                 stops.create_task(role.stop(grace_s, self._force))
         if self._server is not None:
             await self._server.stop(SERVER_STOP_S, asyncio.Event())
-        with contextlib.suppress(OSError):
-            (self._var_dir / SERVER_URL_FILE).unlink()
         self._tell_warden("bye")
         if self._warden is not None and self._warden.stdin is not None:
             self._warden.stdin.close()

@@ -16,6 +16,8 @@ def run_worker(settings: Settings, environ: Mapping[str, str]) -> int:
     """
     others = {name: value for name, value in environ.items() if not name.startswith(PREFIX)}
     chosen = {**others, **settings.to_env()}
+    if not environ.get("REDIS_URL", "").strip():
+        del chosen["REDIS_URL"]  # it finds the fleet's server as we did, and ends with that fleet
     if settings.engine == "torch":
         fetch_model(settings, chosen, Path.cwd())
     os.execve(sys.executable, [sys.executable, "-m", "gpu_worker"], chosen)

@@ -32,9 +32,11 @@ from bus.link import LinkError
 from bus.process.exits import (
     EXIT_CONFIG,
     EXIT_CRASH,
+    EXIT_NAME_TAKEN,
     EXIT_OK,
     EXIT_SUPERSEDED,
     EXIT_UNAVAILABLE,
+    NameTaken,
     StartError,
     leaves,
 )
@@ -108,6 +110,10 @@ def report(error: Exception) -> int:
         if isinstance(leaf, StartError):
             log.error("cannot start: %s", leaf)
             return EXIT_CONFIG
+    for leaf in found:
+        if isinstance(leaf, NameTaken):
+            log.warning("the name is taken", extra={"reason": str(leaf)})
+            return EXIT_NAME_TAKEN
     if any(isinstance(leaf, Superseded) for leaf in found):
         log.warning("superseded by another owner, dropped everything", extra={"reason": str(found[0])})
         return EXIT_SUPERSEDED

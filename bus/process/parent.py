@@ -28,7 +28,8 @@ from pathlib import Path
 from types import ModuleType
 
 from bus.log import set_up_logging
-from bus.process.exits import EXIT_CONFIG, EXIT_OK
+from bus.process.exits import EXIT_CONFIG, EXIT_NAME_TAKEN, EXIT_OK
+from bus.process.joined import joined_fleet
 from bus.process.node_lock import NodeLock, take_node_lock
 from bus.settings import PREFIX, Settings, SettingsError, read_settings
 
@@ -38,6 +39,7 @@ RELEASE_MODULE = "bus.process.release"  # these two load the link and uvloop: a 
 CHILD_MODULE = "bus.process.child"
 CHILD_FLAG = "--child"
 STOP_RELEASE_S = 2.0  # a parent that is told to stop gives a dead child's things back no longer than this
+FLEET_LOOK_S = 1.0
 KILL_MARGIN_S = 5.0  # beyond the drain grace: for closing connections, before SIGKILL
 
 log = logging.getLogger(__name__)
@@ -54,7 +56,8 @@ class Role:
 
     child: "module:function" with the signature of `bus.process.child.ChildMain`, imported in the child only.
     configure: applies the role's command line flags to the settings (argparse: exits 2 by itself).
-    names: candidates for a name that only one process here may have; the first free one becomes `node_id`.
+    names: candidates for a name that only one process here may have; the first free one becomes `node_id`. A child
+        that ends with EXIT_NAME_TAKEN gets the next one.
     """
 
     module: str
@@ -81,9 +84,9 @@ def run_role(role: Role, arguments: Sequence[str], environ: Mapping[str, str]) -
         logging.shutdown()
         sys.stdout.flush()
         os._exit(code)  # an engine's thread that is stuck must not keep a dead role alive
-    lock = None
-    if role.names is not None:
-        lock = take_node_lock(Path(settings.var_dir), role.names(settings))
+    lock, names = None, list(role.names(settings)) if role.names is not None else []
+    if names:
+        lock = take_node_lock(Path(settings.var_dir), names)
         if lock is None:
             log.error(
                 "cannot start: the name %s is taken by a running process here: stop it, or set MILLRACE_NODE_ID",
@@ -91,7 +94,7 @@ def run_role(role: Role, arguments: Sequence[str], environ: Mapping[str, str]) -
             )
             return EXIT_CONFIG
         settings = settings.changed(node_id=lock.name)
-    return asyncio.run(Parent(role, settings, environ, lock).run())
+    return asyncio.run(Parent(role, settings, environ, lock, names).run())
 
 
 def split_child_flag(arguments: Sequence[str]) -> tuple[list[str], int | None]:
@@ -135,12 +138,21 @@ def describe_exit(code: int) -> str:
 class Parent:
     """Runs one child after another until told to stop, or until one says that a person must act (exit code 2)."""
 
-    def __init__(self, role: Role, settings: Settings, environ: Mapping[str, str], lock: NodeLock | None) -> None:
+    def __init__(
+        self,
+        role: Role,
+        settings: Settings,
+        environ: Mapping[str, str],
+        lock: NodeLock | None,
+        names: Sequence[str] = (),
+    ) -> None:
+        """names: the candidates among which `lock` was found."""
         self._role = role
         self._settings = settings
-        others = {name: value for name, value in environ.items() if not name.startswith(PREFIX)}
-        self._environ = {**others, **settings.to_env()}  # flags are applied here; the child reads only its environment
+        self._given = environ
+        self._others = {name: value for name, value in environ.items() if not name.startswith(PREFIX)}
         self._lock = lock
+        self._names = names
         self._facts: frozenset[str] = frozenset()
         self._stop = asyncio.Event()
         self._kill = asyncio.Event()
@@ -150,36 +162,73 @@ class Parent:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        crashes = 0
         async with asyncio.TaskGroup() as releases:
-            if self._lock is not None and self._lock.left_behind:
-                releases.create_task(
-                    self._release(frozenset(self._lock.left_behind)), name="release of an older process"
-                )
-            while not self._stop.is_set():
-                began = time.monotonic()
-                code = await self._run_child()
-                lived_s = time.monotonic() - began
-                held, self._facts = self._facts, frozenset()
-                if held:
-                    releases.create_task(self._release(held), name="release")
-                if self._stop.is_set():
-                    break
-                if code == EXIT_CONFIG:
+            watching = releases.create_task(self._watch_fleet(), name="fleet")
+            try:
+                return await self._run_children(releases)
+            finally:
+                watching.cancel()
+
+    async def _run_children(self, releases: asyncio.TaskGroup) -> int:
+        """One after another. Returns the exit code."""
+        crashes = 0
+        self._release_left_behind(releases)
+        while not self._stop.is_set():
+            began = time.monotonic()
+            code = await self._run_child()
+            lived_s = time.monotonic() - began
+            held, self._facts = self._facts, frozenset()
+            if held:
+                releases.create_task(self._release(held), name="release")
+            if self._stop.is_set():
+                break
+            if code == EXIT_CONFIG:
+                return EXIT_CONFIG
+            if code == EXIT_NAME_TAKEN:
+                if not self._take_next_name():
                     return EXIT_CONFIG
-                crashes = crashes_after(crashes, lived_s)
-                delay_s = restart_delay_s(crashes)
-                log.error(
-                    "child died, starting another",
-                    extra={
-                        **self._name(),
-                        "how": describe_exit(code),
-                        "lived_s": round(lived_s, 1),
-                        "delay_s": delay_s,
-                    },
-                )
-                await self._pause(delay_s)
+                self._release_left_behind(releases)
+                continue
+            crashes = crashes_after(crashes, lived_s)
+            delay_s = restart_delay_s(crashes)
+            log.error(
+                "child died, starting another",
+                extra={**self._name(), "how": describe_exit(code), "lived_s": round(lived_s, 1), "delay_s": delay_s},
+            )
+            await self._pause(delay_s)
         return EXIT_OK
+
+    async def _watch_fleet(self) -> None:
+        """Stop when the fleet that this process joined has been stopped."""
+        fleet = joined_fleet(self._settings, self._given)
+        while fleet is not None:
+            await asyncio.sleep(FLEET_LOOK_S)
+            if not fleet.stands():
+                log.warning("the fleet of %s has been stopped, so this process ends as well", fleet.path.parent)
+                self._stop.set()
+                return
+
+    def _release_left_behind(self, releases: asyncio.TaskGroup) -> None:
+        """The lock proves that the older process of this name is dead."""
+        if self._lock is not None and self._lock.left_behind:
+            releases.create_task(self._release(frozenset(self._lock.left_behind)), name="release of an older process")
+
+    def _take_next_name(self) -> bool:
+        """The first free candidate behind the one that a living process elsewhere has. False: there is none."""
+        assert self._lock is not None, "only a role with names ends like that"
+        rest = self._names[self._names.index(self._lock.name) + 1 :]
+        taken = take_node_lock(Path(self._settings.var_dir), rest)
+        if taken is None:
+            log.error(
+                "cannot start: the name %s is taken by a living process elsewhere: set MILLRACE_NODE_ID to another",
+                self._lock.name,
+            )
+            return False
+        log.info("taking the next name", extra={**self._name(), "next": taken.name})
+        self._lock.release()
+        self._lock = taken
+        self._settings = self._settings.changed(node_id=taken.name)
+        return True
 
     def _name(self) -> dict[str, str]:
         return (
@@ -201,7 +250,7 @@ class Parent:
         arguments = ["-m", self._role.module, CHILD_FLAG, str(theirs.fileno())]
         # Its own process group: Ctrl-C in a terminal reaches only the parent, which forwards it once.
         child = await asyncio.create_subprocess_exec(
-            sys.executable, *arguments, env=self._environ, pass_fds=passed, process_group=0
+            sys.executable, *arguments, env=self._child_environ(), pass_fds=passed, process_group=0
         )
         theirs.close()
         log.info("child started", extra={**self._name(), "child_pid": child.pid})
@@ -217,6 +266,10 @@ class Parent:
             listening.cancel()
         writer.close()
         return code
+
+    def _child_environ(self) -> dict[str, str]:
+        """Flags and the name are applied here; the child reads only its environment."""
+        return {**self._others, **self._settings.to_env()}
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         while line := (await reader.readline()).decode(errors="replace").strip():

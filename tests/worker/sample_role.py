@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bus.ids import Holder, NodeId
 from bus.process.child import ParentLine
-from bus.process.exits import StartError
+from bus.process.exits import NameTaken, StartError
 from bus.process.parent import Role, run_role
 from bus.settings import Settings
 
@@ -19,9 +19,11 @@ async def run(settings: Settings, parent: ParentLine) -> None:
     folder = Path(settings.var_dir)
     with (folder / "pids").open("a") as pids:
         pids.write(f"{os.getpid()}\n")
+    order = (folder / "orders").read_text().strip()
+    if order == f"taken {settings.node_id}":
+        raise NameTaken(f"{settings.node_id} lives elsewhere")
     parent.owns(0, NodeId(settings.node_id), Holder(f"{settings.node_id}.{os.getpid()}"))
     parent.ready()
-    order = (folder / "orders").read_text().strip()
     if order == "config":
         raise StartError("no model: fetch one")
     if order == "crash":

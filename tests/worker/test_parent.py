@@ -75,7 +75,8 @@ def test_the_first_free_name_is_locked_and_tells_what_its_dead_holder_left(tmp_p
 class SampleRole:
     """The sample role as a process of its own, with its folder of orders and marks."""
 
-    def __init__(self, folder: Path, order: str) -> None:
+    def __init__(self, folder: Path, order: str, *, joins: bool = False) -> None:
+        """joins: it is not told a server and finds that of the fleet of its folder."""
         self.folder = folder
         (folder / "orders").write_text(order)
         self.output = (folder / "output").open("w+")
@@ -87,6 +88,8 @@ class SampleRole:
             "MILLRACE_SELF_FENCE_MS": "700",
             "MILLRACE_DRAIN_GRACE_MS": "500",
         }
+        if joins:
+            (folder / "redis-url").write_text(settings.pop("REDIS_URL") + "\n")
         environ = {**os.environ, **settings}
         command = [sys.executable, "-m", "tests.worker.sample_role"]
         self.process = subprocess.Popen(
@@ -117,12 +120,15 @@ def is_alive(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
 
 
+Start = Callable[..., SampleRole]
+
+
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[[str], SampleRole]]:
+def start(tmp_path: Path) -> Iterator[Start]:
     roles: list[SampleRole] = []
 
-    def start_role(order: str) -> SampleRole:
-        roles.append(SampleRole(tmp_path, order))
+    def start_role(order: str, **how: bool) -> SampleRole:
+        roles.append(SampleRole(tmp_path, order, **how))
         return roles[-1]
 
     yield start_role
@@ -136,7 +142,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[str], SampleRole]]:
         role.output.close()
 
 
-def test_a_killed_child_is_replaced_and_the_reason_is_logged(start: Callable[[str], SampleRole]):
+def test_a_killed_child_is_replaced_and_the_reason_is_logged(start: Start):
     role = start("live")
     role.wait_until(lambda: len(role.pids()) == 1)
 
@@ -150,7 +156,7 @@ def test_a_killed_child_is_replaced_and_the_reason_is_logged(start: Callable[[st
     assert not is_alive(role.pids()[1])
 
 
-def test_a_child_that_crashes_says_where(start: Callable[[str], SampleRole]):
+def test_a_child_that_crashes_says_where(start: Start):
     role = start("crash")
     role.wait_until(lambda: "how='exit code 1'" in role.log())
 
@@ -158,7 +164,7 @@ def test_a_child_that_crashes_says_where(start: Callable[[str], SampleRole]):
     assert "sample_role.py" in role.log()
 
 
-def test_a_configuration_error_ends_the_parent_with_one_line(start: Callable[[str], SampleRole]):
+def test_a_configuration_error_ends_the_parent_with_one_line(start: Start):
     """Nobody is helped by a role that restarts for ever without its model."""
     role = start("config")
 
@@ -168,7 +174,7 @@ def test_a_configuration_error_ends_the_parent_with_one_line(start: Callable[[st
     assert len(role.pids()) == 1
 
 
-def test_the_child_stops_in_good_order_when_its_parent_is_killed(start: Callable[[str], SampleRole]):
+def test_the_child_stops_in_good_order_when_its_parent_is_killed(start: Start):
     """Nothing is orphaned, and what the child holds is not lost either."""
     role = start("live")
     role.wait_until(lambda: "ready" in role.log())
@@ -179,7 +185,7 @@ def test_the_child_stops_in_good_order_when_its_parent_is_killed(start: Callable
     assert (role.folder / "stopped").exists()
 
 
-def test_a_child_that_does_not_stop_is_killed_by_the_second_signal(start: Callable[[str], SampleRole]):
+def test_a_child_that_does_not_stop_is_killed_by_the_second_signal(start: Start):
     role = start("deaf")
     role.wait_until(lambda: "ready" in role.log())
     role.process.send_signal(signal.SIGINT)
@@ -190,3 +196,49 @@ def test_a_child_that_does_not_stop_is_killed_by_the_second_signal(start: Callab
 
     role.wait_until(lambda: not is_alive(role.pids()[0]))
     assert role.process.wait(10) == 0
+
+
+def test_a_child_whose_name_lives_elsewhere_gets_the_next_one(start: Start):
+    """Two folders or machines with one host name begin with the same default."""
+    role = start("taken sample-1")
+    role.wait_until(lambda: "ready" in role.log())
+
+    assert "next=sample-2" in role.log()
+    assert len(role.pids()) == 2
+    assert (role.folder / "run" / "sample-2.lock").read_text().startswith("owns 0 sample-2 ")
+
+
+def test_a_child_without_another_name_says_what_to_do(start: Start):
+    role = start("taken sample-2")  # sample-1 is held by another process of this folder
+    role.process.kill()
+    role.process.wait(10)
+    held = take_node_lock(role.folder, ["sample-1"])
+    assert held is not None
+    second = start("taken sample-2")
+
+    assert second.process.wait(15) == 2
+    assert "cannot start: the name sample-2 is taken by a living process elsewhere" in second.log()
+    held.release()
+
+
+def test_a_role_that_joined_a_fleet_ends_with_it(start: Start):
+    """It would ask for the server that has gone for ever."""
+    role = start("live", joins=True)
+    role.wait_until(lambda: "ready" in role.log())
+
+    (role.folder / "redis-url").unlink()
+
+    assert role.process.wait(10) == 0
+    assert f"the fleet of {role.folder} has been stopped, so this process ends as well" in role.log()
+    assert (role.folder / "stopped").exists()
+
+
+def test_a_role_that_was_told_its_server_does_not_care_about_the_fleet_of_its_folder(start: Start):
+    role = start("live")
+    (role.folder / "redis-url").write_text("redis://127.0.0.1:2\n")
+    role.wait_until(lambda: "ready" in role.log())
+
+    (role.folder / "redis-url").unlink()
+    time.sleep(1.5)
+
+    assert role.process.poll() is None

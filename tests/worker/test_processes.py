@@ -183,6 +183,27 @@ async def test_workers_without_a_name_take_different_ones(house: House, fleet: F
     assert all(len(children_of(one.process.pid)) == 1 for one in workers)
 
 
+async def test_workers_of_two_folders_with_one_host_name_take_different_names(
+    house: House, fleet: Fleet, tmp_path: Path
+):
+    """The lock of a name is one folder's; the second learns from the server that the first one lives."""
+    fleet.start(*ECHO)
+
+    async def are(count: int) -> bool:
+        views = [await house.cell.node(node) for node in await house.cell.node_names()]
+        return len([view for view in views if view is not None and view.leased and view.alive]) == count
+
+    await wait_until(lambda: are(1), 20)
+    began_s = time.monotonic()
+    other = fleet.start(*ECHO, var_dir=tmp_path / "other")
+    await wait_until(lambda: are(2), 20)
+
+    print(f"up after {time.monotonic() - began_s:.1f} s")
+    names = sorted(await house.cell.node_names())
+    assert [name.rpartition("-")[2] for name in names] == ["1", "2"]
+    assert "the name is taken" in other.log() and other.log().count("child started") == 2
+
+
 async def test_a_wrong_node_id_is_a_one_line_error(fleet: Fleet):
     worker = fleet.start(*ECHO, "--node-id", "not a name")
 
