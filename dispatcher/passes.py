@@ -13,13 +13,14 @@ ago. The server's view is the truth and `assign` checks every choice, so what is
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from bus.cell import Cell
 from bus.codec.wire import Assigned, CellView, NotAssigned, QueuedJob, QueueView
 from bus.ids import ModelName
 from bus.keys import PRIORITIES, QueueName, queue_model, queue_name
 from dispatcher.board import FRESH_MS, Board
+from dispatcher.paging import Pages
 from dispatcher.plan import ASSIGN_MAX, Choice, plan
 from dispatcher.rank import Draw, Node, is_open
 from dispatcher.sharing import Share
@@ -41,6 +42,7 @@ class Passes:
         self._draw = draw
         self._turn = 0
         self._board = Board(fresh_ms)
+        self._pages = Pages(ASSIGN_MAX)
         self._everything = True
         self._woken: set[QueueName] = set()  # to be looked at
         self._fresh: dict[QueueName, list[QueuedJob]] = {}  # brought by wakes
@@ -65,6 +67,7 @@ class Passes:
     def wake_room(self) -> None:
         """Room appeared somewhere."""
         self._room = True
+        self._pages.restart()
         if self._left:
             self._woken |= self._left
             self._event.set()
@@ -112,6 +115,8 @@ class Passes:
         fresh, self._fresh = self._news(), {}
         if not (everything or woken or fresh):
             return
+        if everything:
+            self._pages.restart()
         self._turn += 1
         try:
             nodes = None if everything or woken else self._board.nodes_for(map(queue_model, fresh), self._clock_ms())
@@ -149,13 +154,14 @@ class Passes:
         self.looks += 1
         self._room = False
         self._stuck -= set(queues or self._stuck)
-        view = await self._cell.look(queues, ASSIGN_MAX)
+        after = self._pages.after
+        view = await self._cell.look(queues, ASSIGN_MAX, after)
         nodes = to_nodes(view)
         take_over_ms = self._cell.settings.take_over_ms
-        mine = [one for one in view.queues if self.share.serves(one, view.now_ms, take_over_ms)]
+        mine = [one for one in view.queues if one.queue in after or self.share.serves(one, view.now_ms, take_over_ms)]
         taken = await self._assign(plan(mine, nodes, view.now_ms, self._turn, self._draw))
         self._board.remember(view, nodes, self._clock_ms())
-        self._note(view, queues, {one.queue: one.length for one in mine}, nodes, taken)
+        self._note(view, queues, mine, nodes, taken)
         self._log(taken, "looked", sum(one.length for one in mine))
 
     @staticmethod
@@ -178,20 +184,20 @@ class Passes:
         self,
         view: CellView,
         queues: Sequence[QueueName],
-        lengths: dict[QueueName, int],
+        mine: Sequence[QueueView],
         nodes: dict[ModelName, list[Node]],
         taken: "_Taken",
     ) -> None:
         """Remember what is left, and arrange the next look: at once if something can still move, else when it may."""
         moved = sum(taken.settled.values())
-        left = {queue for queue, length in lengths.items() if length > taken.settled.get(queue, 0)}
+        left = {one.queue for one in mine if one.length > taken.settled.get(one.queue, 0)}
         roomy = {queue for queue in left if any(is_open(one, view.now_ms) for one in nodes.get(queue_model(queue), ()))}
         looked = set(queues) or (self._left | self._stuck)
         # Another's queue is not ours to watch: if its jobs still wait, the next look at everything finds them.
         own = {queue for queue in left if self.share.owns(queue)}
         self._left = own | (self._left - looked)
         self._stuck = (own - roomy) | (self._stuck - looked)
-        again = (roomy if moved else set()) | (own if self._room else set())
+        again = (roomy if moved else set()) | (own if self._room else self._next_pages(mine, roomy, taken))
         if again:
             self._woken |= again
             self._event.set()
@@ -199,6 +205,11 @@ class Passes:
             self.look_again_in((view.due_ms - view.now_ms) / 1000)
         if any(one.heads and not self.share.owns(one.queue) for one in view.queues):
             self.look_again_in(self._cell.settings.take_over_ms / 1000)
+
+    def _next_pages(self, mine: Sequence[QueueView], roomy: Collection[QueueName], taken: "_Taken") -> set[QueueName]:
+        """The queues of which nothing could move, though a node has room: the jobs behind may be of another mind."""
+        turned = {one.queue: self._pages.turn(one, taken.settled.get(one.queue, 0), one.queue in roomy) for one in mine}
+        return {queue for queue, more in turned.items() if more}
 
     def _log(self, taken: "_Taken", how: str, waiting: int) -> None:
         """One line a pass."""

@@ -1,12 +1,17 @@
 """Passes one by one, on a real server: when a look is needed, and when the wake said enough."""
 
+import asyncio
 import random
+
+import pytest
 
 from bus.cell import Cell
 from bus.codec.entries import parse_wake
-from bus.codec.wire import NO_FENCE, CellView, QueuedJob, QueueView
+from bus.codec.wire import NO_FENCE, CellView, FinishPiece, QueuedJob, QueueView
 from bus.ids import JobId, ModelName, NodeId
 from bus.keys import queue_name
+from bus.link import Link
+from bus.settings import Settings
 from dispatcher.board import FRESH_MS, Board
 from dispatcher.passes import Passes
 from dispatcher.rank import Node
@@ -122,6 +127,89 @@ async def test_a_node_that_left_since_the_look_costs_a_look_and_no_job(cell: Cel
     await dispatching.hear()
 
     assert [one.job_id for one in await other.take()] == ["c0-j1"]
+
+
+async def pass_over(cell: Cell, times: int = 20) -> Passes:
+    """A dispatcher that has just started, after some passes."""
+    passes = Passes(cell, Share("dispatcher:me"), random.Random(1).random)
+    for _ in range(times):
+        await passes.run_pass()
+    return passes
+
+
+async def test_a_page_of_jobs_that_avoid_the_free_node_hides_no_job_behind_them(cell: Cell) -> None:
+    """70 jobs have failed on `a`, and wait for `b`, which is full; the one behind them may run on `a`."""
+    other = await HandNode.join(cell, "b", capacity=1)
+    await submit(cell, "busy")
+    await pass_over(cell)
+    node = await HandNode.join(cell, "a", capacity=100)
+    await submit(cell, *(f"j{index}" for index in range(70)))
+    await pass_over(cell)
+    for one in await node.take():
+        await cell.requeue(one.job_id, one.fence, "node_error", "refused")
+    await cell.link.send("HSET", cell.keys.node(node.node), "breaker_n", 0, "breaker_until", 0)
+    await asyncio.sleep(0.1)
+    assert (await cell.sweep("sweeper")).released == 70
+    await submit(cell, "innocent")
+    await put_at_the_end(cell, JobId("c0-innocent"))
+
+    passes = await pass_over(cell, 5)
+
+    assert [one.job_id for one in await node.take()] == ["c0-innocent"]
+    assert await other.running() == 1
+    assert passes.looks <= 4
+
+
+async def put_at_the_end(cell: Cell, job_id: JobId) -> None:
+    """The only new job waits behind those that were handed back, as if it had been handed back after them."""
+    again = queue_name(MODEL, 0)
+    await cell.link.send("DEL", cell.keys.queue(QUEUE))
+    words: list[str | int] = ["fence", "0.0", "out", "gateway:g1", "est_prompt", 10, "est_new", 16, "deadline", 10**13]
+    words += ["alone", "", "avoided", "", "resume", ""]
+    entry = await cell.link.send("XADD", cell.keys.queue(again), "*", "job", job_id, *words)
+    await cell.link.send("HSET", cell.keys.job(job_id), "place", f"queue {again} {entry.decode()}")
+
+
+async def break_and_wait(cell: Cell, node: HandNode) -> None:
+    """One failure of the node opens its breaker, which is half open a moment later."""
+    await submit(cell, "first")
+    await pass_over(cell)
+    (work,) = await node.take()
+    await cell.requeue(work.job_id, work.fence, "node_error", "CUDA error")
+    await cell.cancel(work.job_id, "test")
+    await asyncio.sleep(0.1)
+
+
+@pytest.mark.parametrize("ending", ["client error", "cancelled", "node error"])
+async def test_a_node_whose_probe_did_not_succeed_is_offered_another(
+    link: Link, settings: Settings, ending: str
+) -> None:
+    """A probe that ends without a verdict, or badly, must not be the node's last job for ever."""
+    cell = Cell(link, 0, settings.changed(breaker_ms=50, breaker_max_ms=60))
+    node = await HandNode.join(cell, "a")
+    await break_and_wait(cell, node)
+    await submit(cell, "probe")
+    await pass_over(cell)
+    (probe,) = await node.take()
+    match ending:
+        case "client error":
+            piece = FinishPiece(
+                *(probe.job_id, probe.fence, probe.route, 0, b"", "error", 0, 0, "bad_request", "no", "client")
+            )
+            await cell.finish(node.holder, node.node, [piece])
+        case "cancelled":
+            await cell.cancel(probe.job_id, "test")
+            piece = FinishPiece(probe.job_id, probe.fence, probe.route, 0, b"", "cancelled")
+            await cell.finish(node.holder, node.node, [piece])
+        case _:
+            await cell.requeue(probe.job_id, probe.fence, "node_error", "CUDA error")
+            await cell.cancel(probe.job_id, "test")
+    await asyncio.sleep(0.1)
+
+    await submit(cell, "second")
+    await pass_over(cell)
+
+    assert [one.job_id for one in await node.take()] == ["c0-second"]
 
 
 def view(*entry_ids: str, now_ms: int = 5_000) -> CellView:

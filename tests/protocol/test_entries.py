@@ -167,11 +167,21 @@ def test_one_absurd_field_makes_an_entry_foreign(parse: Callable[[Any], Any], fi
     """What comes through is used without another look: in arithmetic, as part of a key, as an argument of a script."""
     parse(fields)
 
-    for name in fields:
-        for absurd in ABSURD[name]:
-            with pytest.raises(ForeignEntry):
-                parse(fields | {name: absurd})
-                raise AssertionError(f"{name}={absurd[:60]!r} came through")
+    came_through = [
+        (name, absurd[:60])
+        for name in fields
+        for absurd in ABSURD[name]
+        if not is_foreign(parse, fields | {name: absurd})
+    ]
+    assert came_through == []
+
+
+def is_foreign(parse: Callable[[Any], Any], fields: dict[str, bytes]) -> bool:
+    try:
+        parse(fields)
+    except ForeignEntry:
+        return True
+    return False
 
 
 def test_a_later_release_may_add_fields_to_an_event():
