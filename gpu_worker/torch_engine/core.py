@@ -115,7 +115,10 @@ class EngineCore:
         )
 
     def _prompt_budget(self) -> int:
-        return prompt_budget(self.rates, chunk_max=self.scheduler.chunk_max, answers_running=self.scheduler.answering)
+        scheduler = self.scheduler
+        return prompt_budget(
+            self.rates, chunk_max=scheduler.chunk_max, answering=scheduler.answering, arriving=scheduler.arriving
+        )
 
     def _sort_out(self, batch: Batch, hidden: Tensor) -> tuple[list[int], list[int]]:
         """Which work came out finite and which did not. A last row sees all before it, so it tells for the whole."""

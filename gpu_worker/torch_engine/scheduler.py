@@ -74,9 +74,15 @@ class Scheduler:
         sequence.state = State.FINISHED
 
     @property
-    def answering(self) -> bool:
-        """Whether a running answer waits for its next token."""
-        return any(sequence.pending == 1 for sequence in self.running)
+    def answering(self) -> int:
+        """Running answers that wait for their next token."""
+        return sum(1 for sequence in self.running if sequence.pending == 1)
+
+    @property
+    def arriving(self) -> int:
+        """Sequences that wait for their first token and have a slot, or could have one."""
+        slots = min(self.capacity, len(self.running) + len(self.waiting))
+        return slots - self.answering
 
     def plan(self, budget: int | None = None) -> Plan:
         """The next step; empty only if nothing waits or runs. Blocks for all its tokens are in place.

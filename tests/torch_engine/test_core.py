@@ -222,13 +222,23 @@ def test_rates_split_a_mixed_step_by_what_decoding_takes_alone() -> None:
 
 def test_prompts_take_small_chunks_while_answers_run() -> None:
     """A long prompt may hold running answers up by about two of their own intervals, not by seconds."""
-    rates = Rates(prefill_rate=800.0, decode_step_s=0.05)
+    rates = Rates(prefill_rate=800.0, decode_step_s=0.05, decode_rows=1)
 
-    assert prompt_budget(rates, chunk_max=512, answers_running=True) == 80
-    assert prompt_budget(rates, chunk_max=512, answers_running=False) == 512
-    assert prompt_budget(rates, chunk_max=64, answers_running=True) == 64
-    assert prompt_budget(Rates(), chunk_max=512, answers_running=True) == 512
-    assert prompt_budget(Rates(prefill_rate=10.0, decode_step_s=0.01), chunk_max=512, answers_running=True) == 32
+    assert prompt_budget(rates, chunk_max=512, answering=1, arriving=1) == 80
+    assert prompt_budget(rates, chunk_max=64, answering=1, arriving=1) == 64
+    assert prompt_budget(Rates(), chunk_max=512, answering=1, arriving=1) == 512
+    slow = Rates(prefill_rate=10.0, decode_step_s=0.01, decode_rows=1)
+    assert prompt_budget(slow, chunk_max=512, answering=1, arriving=1) == 32
+
+
+def test_a_burst_of_prompts_goes_before_the_few_that_already_answer() -> None:
+    """Else one early answer would hold up thirty who wait for their first token; but nobody waits for long."""
+    rates = Rates(prefill_rate=800.0, decode_step_s=0.05, decode_rows=1)
+
+    assert prompt_budget(rates, chunk_max=512, answering=1, arriving=3) == 240
+    assert prompt_budget(rates, chunk_max=512, answering=1, arriving=31) == 400
+    assert prompt_budget(rates, chunk_max=512, answering=0, arriving=1) == 400
+    assert prompt_budget(rates, chunk_max=512, answering=41, arriving=1) == 160  # a step of so many takes longer
 
 
 def test_capacity_follows_free_blocks() -> None:
