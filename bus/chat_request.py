@@ -217,7 +217,7 @@ def _model(fields: Mapping[str, Any], default_model: str | None) -> ModelName:
             raise BadRequest("model", "model is required", "missing_required_parameter")
         name = default_model
     if not is_model_name(name):
-        raise BadRequest("model", "model must be 1 to 128 characters of A-Z a-z 0-9 _ . / @ + -")
+        raise BadRequest("model", "model must be 1 to 128 characters of A-Z a-z 0-9 _ . / @ + : -")
     return ModelName(name)
 
 

@@ -23,7 +23,8 @@ def build_app(gateway: Gateway) -> web.Application:
             web.get("/v1/models/{model:.+}", models.get_model),  # names hold slashes: org/model
             web.get("/v1/jobs/{job}", jobs.get_job),
             web.delete("/v1/jobs/{job}", jobs.cancel_job),
-            web.get("/v1/jobs/{job}/events", jobs.job_events),
+            # HEAD would take the stream over, and its body would follow headers that end the response.
+            web.get("/v1/jobs/{job}/events", jobs.job_events, allow_head=False),
             web.get("/health", health.health),
             web.get("/ready", health.ready),
             web.get("/metrics", health.metrics),

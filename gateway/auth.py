@@ -21,16 +21,17 @@ async def require(request: web.Request, scope: str) -> KeyRecord:
     return record
 
 
-async def limit_address(request: web.Request) -> str:
+async def limit_address(request: web.Request, what: str = "ip") -> str:
     """The rate limit of open routes, per client address and true across gateways. Raises ApiError 429.
 
+    what: requests of different kinds have an allowance each: who polls the status may chat all the same.
     Answers the address."""
     gateway = request.app[GATEWAY]
     most = gateway.settings.open_rate_per_minute
     forwarded = request.headers.get("X-Forwarded-For")
     address = client_address(request.remote, forwarded, trust_forwarded=gateway.settings.trust_forwarded)
     if most:
-        await _limit(request, f"ip:{address}", most, "this address")
+        await _limit(request, f"{what}:{address}", most, "this address")
     return address
 
 

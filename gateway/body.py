@@ -20,6 +20,8 @@ async def read_body(request: web.Request) -> bytes:
     try:
         async with asyncio.timeout(BODY_WAIT_S):
             return await request.read()
+    except web.RequestPayloadError:
+        raise ApiError("invalid_request", "the request body is cut off or not encoded as its headers say") from None
     except TimeoutError:
         raise ApiError("body_timeout", f"the request body did not arrive within {BODY_WAIT_S:g} s") from None
 

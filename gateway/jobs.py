@@ -21,6 +21,7 @@ from gateway.state import GATEWAY
 from gateway.streaming import stream_answer
 
 TRUE_WORDS: Final = ("1", "true", "yes")
+ROLLBACK_BYTES: Final = 4096  # far more text than a node writes in the second that a server may lose
 
 
 async def get_job(request: web.Request) -> web.Response:
@@ -45,10 +46,11 @@ async def cancel_job(request: web.Request) -> web.Response:
 
 
 async def job_events(request: web.Request) -> web.StreamResponse:
-    """GET /v1/jobs/{id}/events: the stream from `Last-Event-ID` on, as chat chunks. It moves to this gateway."""
+    """GET /v1/jobs/{id}/events: the stream from `Last-Event-ID` on, as chat chunks. It moves to this gateway,
+    but for that of a plain producer."""
     gateway = request.app[GATEWAY]
     _, record = await find_job(request, await require(request, "chat"))
-    offset = parse_offset(request, record.job_id)
+    offset = parse_offset(request, record)
     include_usage = request.query.get("include_usage", "").lower() in TRUE_WORDS
     with gateway.life.chat():
         try:
@@ -79,19 +81,31 @@ async def find_job(request: web.Request, key: KeyRecord) -> tuple[Cell, JobRecor
 
 
 def may_see(record: JobRecord, key: KeyRecord) -> bool:
-    return record.route.key_id in ("", key.id) or key.allows("admin")
+    """Jobs that no key sent (a plain producer's, with ids easily guessed; the open route's) are for admins only."""
+    return record.route.key_id == key.id or key.allows("admin")
 
 
-def parse_offset(request: web.Request, job_id: JobId) -> int:
+def parse_offset(request: web.Request, record: JobRecord) -> int:
     """Bytes of the answer that the client has: from the header of EventSource, or `?last_event_id=`."""
     text = request.headers.get("Last-Event-ID") or request.query.get("last_event_id")
     if not text:
         return 0
     parsed = parse_event_id(text)
-    if parsed is None or parsed[0] != job_id:
+    if parsed is None or parsed[0] != record.job_id:
         message = "`Last-Event-ID` must be the id of an event of this job"
         raise ApiError("invalid_request", message, param="Last-Event-ID")
-    return parsed[1]
+    offset = parsed[1]
+    if is_beyond(record, offset):
+        message = f"`Last-Event-ID` is beyond the {record.text_len} bytes of this answer"
+        raise ApiError("invalid_request", message, param="Last-Event-ID")
+    return offset
+
+
+def is_beyond(record: JobRecord, offset: int) -> bool:
+    """Whether no client can have read so far. A server that lost its last second may have less than it has sent."""
+    if record.ended:
+        return record.state == "done" and offset > record.text_len
+    return offset > record.text_len + ROLLBACK_BYTES
 
 
 def no_such_job(job_id: str) -> ApiError:

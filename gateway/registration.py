@@ -46,7 +46,7 @@ def parse_registration(body: dict[str, Any]) -> Registration:
         raise missing("capabilities.gpu_memory_gb")
     model = capabilities.text("model", longest=128)
     if model is not None and not is_model_name(model):
-        raise invalid("capabilities.model", "be 1 to 128 of the characters A-Z a-z 0-9 _ . / @ + -")
+        raise invalid("capabilities.model", "be 1 to 128 of the characters A-Z a-z 0-9 _ . / @ + : -")
     return Registration(
         node_id=node_id,
         api_url=api_url,

@@ -24,6 +24,7 @@ from bus.process.startup import prepare_server
 from bus.settings import Settings
 from gateway.app import build_app
 from gateway.fleet import FleetReader
+from gateway.http_log import http_log
 from gateway.probe import NodeProbe
 from gateway.state import Gateway
 
@@ -84,6 +85,7 @@ async def listen(gateway: Gateway) -> AsyncIterator[int]:
         # Off by default in aiohttp: without it a job would run on for a client that is gone.
         handler_cancellation=True,
         access_log=None,
+        logger=http_log(),
         keepalive_timeout=KEEPALIVE_S,
         shutdown_timeout=CLOSE_WAIT_S,
     )
