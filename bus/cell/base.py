@@ -65,8 +65,8 @@ class CellBase:
 
     async def _place(self, job_id: JobId) -> JobPlace | None:
         values = await self.link.send("HMGET", self.keys.job(job_id), "fence", "route", "place", "spec")
-        if values[0] is None:
-            return None
+        if None in values:
+            return None  # no such job, or a foreign hash
         fence, route, place, spec = (value.decode() for value in values)
         return JobPlace(Fence(fence), parse_route(route), place, spec.partition(" ")[0])
 
@@ -142,6 +142,12 @@ class CellBase:
                 return NotYours(job_id, answer[1].decode())
             case _:
                 return NotYours(job_id, "unknown")
+
+
+def attempt_named(member: str) -> tuple[JobId, Fence]:
+    """Of a reservation "job/fence"."""
+    job_id, _, fence = member.partition("/")
+    return JobId(job_id), Fence(fence)
 
 
 def epoch_of(holder: Holder) -> int:

@@ -39,13 +39,14 @@ PICKS_MAX = 64
 SUBMITS_MAX = 64
 PAYLOAD_INLINE_MAX = 8192  # bytes; `_create.lua` says the same
 OOM_RETRY_MS = 5_000
+IDEM_TRIES_MAX = 8  # each retry means that the key's job was refused and another came in between
 NO_CURSORS: Mapping[QueueName, str] = {}
 
 
 class _Waiting(NamedTuple):
     submission: Submission
     record: bytes
-    answer: asyncio.Future[Accepted | Refused]
+    answer: "asyncio.Future[Accepted | Refused | bytes]"  # bytes: the record of the job that has its idempotency key
 
 
 class JobCalls(CellBase):
@@ -61,24 +62,25 @@ class JobCalls(CellBase):
         its record. OOM of the server is `Refused("memory_full")`. Raises LinkDown, ServerError; safe to repeat.
         Submits of one turn of the event loop travel in one call of the script.
         """
-        record = b""
-        if submission.idem_key:
-            try:
-                record = await self._fix_id(submission)
-            except ServerError as error:
-                return _refuse_if_full(error)
+        if not submission.idem_key:
+            answer = await self._enter(submission, b"")
+            assert not isinstance(answer, bytes)
+            return answer
+        try:
+            record = await self._fix_id(submission)
+        except ServerError as error:
+            return _refuse_if_full(error)
+        for _ in range(IDEM_TRIES_MAX):
             owner_id, _, digest = record.decode().partition(" ")
             if digest != submission.body_digest:
                 return Refused("idem_conflict", "this idempotency key was used with another request")
             if owner_id != submission.job_id:
                 submission = msgspec.structs.replace(submission, job_id=JobId(owner_id))
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Accepted | Refused] = loop.create_future()
-        if not self._waiting:
-            loop.call_soon(self._send_submits)
-        queue = queue_name(submission.job.model, submission.priority)
-        self._waiting.setdefault(queue, []).append(_Waiting(submission, record, answer))
-        return await answer
+            answer = await self._enter(submission, record)
+            if not isinstance(answer, bytes):
+                return answer
+            record = answer
+        return Refused("idem_conflict", "this idempotency key is being used by others at this moment")
 
     async def admit(self, entry_id: str, submission: Submission) -> Accepted | Refused | None:
         """Submit for a plain producer: acks and deletes the entry of `jobs` in the same script.
@@ -174,10 +176,20 @@ class JobCalls(CellBase):
 
     async def _fix_id(self, submission: Submission) -> bytes:
         record = f"{submission.job_id} {submission.body_digest}"
-        ttl_ms = submission.deadline_in_ms + self.settings.idem_extra_ms
         key = self.keys.idem(submission.tenant, submission.idem_key)
-        answer: bytes = await self._call("idem", [key], [record, ttl_ms])
+        times = [submission.deadline_in_ms, submission.deadline_at_ms, self.settings.idem_extra_ms]
+        answer: bytes = await self._call("idem", [key], [record, *times])
         return answer
+
+    async def _enter(self, submission: Submission, record: bytes) -> Accepted | Refused | bytes:
+        """Join the submits of this turn. bytes: the record of another job that has the idempotency key."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Accepted | Refused | bytes] = loop.create_future()
+        if not self._waiting:
+            loop.call_soon(self._send_submits)
+        queue = queue_name(submission.job.model, submission.priority)
+        self._waiting.setdefault(queue, []).append(_Waiting(submission, record, answer))
+        return await answer
 
     def _send_submits(self) -> None:
         waiting, self._waiting = self._waiting, {}
@@ -206,7 +218,8 @@ class JobCalls(CellBase):
             if one.answer.done():
                 continue
             if error is None:
-                one.answer.set_result(self._to_accepted(one.submission, done.result()[at]))
+                raw = done.result()[at]
+                one.answer.set_result(raw[1] if raw[0] == b"other" else self._to_accepted(one.submission, raw))
             elif full is not None:
                 one.answer.set_result(full)
             else:
@@ -233,7 +246,8 @@ class JobCalls(CellBase):
         names.append(keys.payload(s.job_id) if len(payload) > PAYLOAD_INLINE_MAX else own)
         args += (s.job_id, s.route.encode(), s.policy, "s" if s.job.stream else "")
         args += (secrets.randbits(31) if seed is None else seed, s.est_prompt, s.est_new, payload, s.deadline_in_ms)
-        args += (s.deadline_at_ms, s.quota_max, record, "1" if s.redrive else "", s.attempt_floor if s.redrive else 0)
+        idem = b"%d %b" % (self.settings.idem_extra_ms, record) if record else b""
+        args += (s.deadline_at_ms, s.quota_max, idem, "1" if s.redrive else "", s.attempt_floor if s.redrive else 0)
         args += (s.shown_text if s.redrive else b"", s.gateway)
 
     def _to_accepted(self, submission: Submission, answer: list[Any]) -> Accepted | Refused:

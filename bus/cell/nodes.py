@@ -1,15 +1,19 @@
 """Calls on nodes and leases. One script a method; see docs/protocol.md."""
 
 import asyncio
+import logging
 from collections.abc import Sequence
 
-from bus.cell.base import CellBase, epoch_of, raise_if_superseded
+from bus.cell.base import CellBase, attempt_named, epoch_of, raise_if_superseded
 from bus.cell.view import to_node_view
-from bus.codec.events import NodeEvent, event_fields
+from bus.codec.events import NodeBeat, NodeEvent, NodeRegistered, event_fields
 from bus.codec.node_events import apply_args, apply_script, model_keys
 from bus.codec.wire import Applied, Ended, HeldBy, LockBusy, LockTaken, NodeView, Owned, Renewed, Requeued
 from bus.ids import Fence, Holder, JobId, NodeId
 from bus.keys import REGISTRY_GROUP
+from bus.link import LinkError
+
+log = logging.getLogger(__name__)
 
 
 class NodeCalls(CellBase):
@@ -17,26 +21,31 @@ class NodeCalls(CellBase):
         """A worker at boot: new epoch, holder "<worker>.<epoch>" with a lease, owner of the node.
 
         HeldBy while another holder's lease lives, or while the id belongs to a registration over HTTP. Resets the
-        node's circuit breaker: a new process, a new chance. Not alive before its first beat.
+        node's circuit breaker: a new process, a new chance. Not alive before its first beat. What an earlier owner
+        left (`left`) is handed back here: nobody else may go on with it.
         """
         keys, settings = self.keys, self.settings
         answer = await self._call(
             "own",
-            [keys.node(node), keys.leases, keys.node_running(node), keys.node_alive(node), keys.events],
+            [
+                *(keys.node(node), keys.leases, keys.node_running(node), keys.node_alive(node), keys.events),
+                keys.nodes_known,
+            ],
             [node, worker, settings.lease_ms, settings.node_keep_ms],
         )
-        return _to_owned(node, answer)
+        return await self._taken(_to_owned(node, answer))
 
     async def adopt(self, node: NodeId, holder: Holder) -> Owned | HeldBy:
         """A relay: owner of an HTTP node under its own lease, which must live; the epoch stays the registration's.
 
-        A holder that owns it already gets Owned again. HeldBy with an empty holder: no such node, or no lease.
+        A holder that owns it already gets Owned again, with nothing left; what another left is handed back, as in
+        `own`. HeldBy with an empty holder: no such node, or no lease.
         """
         keys = self.keys
         answer = await self._call(
             "adopt", [keys.node(node), keys.leases, keys.node_running(node), keys.events, keys.wake], [node, holder]
         )
-        return _to_owned(node, answer)
+        return await self._taken(_to_owned(node, answer))
 
     async def renew(self, node: NodeId, holder: Holder, jobs: Sequence[tuple[JobId, Fence]]) -> Renewed:
         """Extend the holder's lease and the listed reservations, and mark these jobs started.
@@ -67,7 +76,7 @@ class NodeCalls(CellBase):
 
     async def drop_lease(self, holder: str) -> None:
         """It is gone: lapse the lease now. The next sweep looks after a gateway's jobs."""
-        await self.link.send("ZADD", self.keys.leases, "XX", 1, holder)
+        await self._call("lapse", [self.keys.leases], [holder])
 
     async def down(self, node: NodeId | None, holder: Holder) -> list[Requeued | Ended]:
         """The holder is dead: its lease goes first, then the reservations of its node (None: of all nodes it owns)
@@ -77,15 +86,9 @@ class NodeCalls(CellBase):
         nodes = [node] if node is not None else [view.node for view in await self.nodes() if view.owner == holder]
         ended: list[Requeued | Ended] = []
         for one in nodes:
-            if await self.link.send("HGET", keys.node(one), "owner") != holder.encode():
-                continue
-            members = [raw.decode() for raw in await self.link.send("ZRANGE", keys.node_running(one), 0, -1)]
-            await self.link.send(
-                *("XADD", keys.events, "MAXLEN", "~", 5000, "*", "type", "node_down", "subject", one, "why", "died"),
-                *("detail", holder),
-            )
-            pairs = [member.partition("/")[::2] for member in members]
-            work = (self._requeue(JobId(job_id), Fence(fence), "down", f"{holder} died") for job_id, fence in pairs)
+            names = [keys.leases, keys.node(one), keys.node_running(one), keys.events]
+            members = [raw.decode() for raw in await self._call("down", names, [one, holder])]
+            work = (self._requeue(*attempt_named(member), "down", f"{holder} died") for member in members)
             for answer in await asyncio.gather(*work):
                 if isinstance(answer, Requeued) or (isinstance(answer, Ended) and not answer.earlier):
                     ended.append(answer)
@@ -93,8 +96,9 @@ class NodeCalls(CellBase):
 
     async def publish_node_event(self, event: NodeEvent) -> str:
         """XADD to `nodes`, which is trimmed by time; answers the entry id."""
-        keep_from = max(0, await self._now() - 4 * self.settings.node_ttl_ms)
-        raw: bytes = await self.link.send("XADD", self.keys.nodes, "MINID", "~", keep_from, "*", *event_fields(event))
+        raw: bytes = await self._call(
+            "publish", [self.keys.nodes], [4 * self.settings.node_ttl_ms, *event_fields(event)]
+        )
         return raw.decode()
 
     async def apply_events(self, events: Sequence[tuple[str, NodeEvent]]) -> list[Applied]:
@@ -106,10 +110,14 @@ class NodeCalls(CellBase):
         if not events:
             return []
         known = [self.link.send("HGET", self.keys.node(event.node), "models") for _, event in events]
-        models = [(raw or b"").decode("utf-8", "replace").split() for raw in await asyncio.gather(*known)]
+        models: dict[NodeId, list[str]] = {}
+        for (_, event), raw in zip(events, await asyncio.gather(*known), strict=True):
+            models[event.node] = (raw or b"").decode("utf-8", "replace").split()
         calls = []
-        for (entry_id, event), known_models in zip(events, models, strict=True):
-            keys = [*self._event_keys(event.node), *model_keys(self.keys, event, known_models)]
+        for entry_id, event in events:
+            keys = [*self._event_keys(event.node), *model_keys(self.keys, event, models[event.node])]
+            if isinstance(event, NodeBeat | NodeRegistered):  # a later event of this batch finds these in the hash
+                models[event.node] = list(dict.fromkeys([*models[event.node], *event.models]))
             calls.append(self._call(apply_script(event), keys, apply_args(entry_id, event, self.settings)))
         answers = await asyncio.gather(*calls)
         ids = [entry_id for entry_id, _ in events]
@@ -153,8 +161,9 @@ class NodeCalls(CellBase):
         return to_node_view(answer[1]) if len(answer) > 1 else None
 
     async def node_names(self) -> list[NodeId]:
-        """Ids of all known nodes, those that leave but still have reservations included."""
-        return sorted(NodeId(raw.decode()) for raw in await self.link.send("ZRANGE", self.keys.nodes_known, 0, -1))
+        """Ids of all known nodes, those included that have left and whose keys the sweep has yet to remove."""
+        names = await self.link.send("ZRANGE", self.keys.nodes_known, 0, -1)
+        return sorted(NodeId(raw.decode("utf-8", "replace")) for raw in names)
 
     async def lock_node(self, node: NodeId, ttl_ms: int) -> LockTaken | LockBusy:
         """The registration lock; its fencing token is the epoch = max(stored + 1, server ms, last token + 1)."""
@@ -168,6 +177,18 @@ class NodeCalls(CellBase):
     async def drain_node(self, node: NodeId, holder: Holder) -> None:
         """State `draining` at once (assign passes it over), without the way through the registry."""
         await self._call("drain", [self.keys.node(node)], [holder])
+
+    async def _taken(self, answer: Owned | HeldBy) -> Owned | HeldBy:
+        """Hand back what an earlier owner left. What fails here expires by itself: the node is owned all the same."""
+        if isinstance(answer, Owned) and answer.left:
+            why = f"left to {answer.holder}"
+            work = (self._requeue(*attempt_named(member), "down", why) for member in answer.left)
+            for failure in await asyncio.gather(*work, return_exceptions=True):
+                if isinstance(failure, LinkError):
+                    log.warning("could not hand back", extra={"node": answer.node, "error": str(failure)})
+                elif isinstance(failure, BaseException):
+                    raise failure
+        return answer
 
     async def _now(self) -> int:
         seconds, micros = await self.link.send("TIME")

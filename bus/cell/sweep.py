@@ -2,13 +2,21 @@
 which checks again, so a renewal or a finish that comes in between wins."""
 
 import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
-from bus.cell.base import CellBase
+from bus.cell.base import CellBase, attempt_named
 from bus.cell.follow import FollowCalls
 from bus.cell.nodes import NodeCalls
-from bus.codec.wire import Ended, NotYours, Requeued, SweepReport
-from bus.ids import Fence, GatewayId, JobId, NodeId
+from bus.codec.wire import CancelResult, Ended, NotYours, Requeued, SweepReport
+from bus.ids import GatewayId, JobId, NodeId
 from bus.keys import DISPATCHER_GROUP, REGISTRY_GROUP, WORKERS_GROUP
+from bus.link import ServerError
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 CONSUMER_IDLE_MS = 60_000
 TIDY_NODES = 4  # node streams whose consumers one sweep looks at
@@ -33,44 +41,72 @@ class SweepCalls(FollowCalls, NodeCalls, CellBase):
         _, grace_until, expired, late, deadlines, gateways, old_nodes = answer
         requeued: list[Requeued] = []
         ended: list[Ended] = []
-        members = [raw.decode() for raw in expired]
-        reclaims = [self._reclaim(NodeId(node), one) for node, one in zip(members[::2], members[1::2], strict=True)]
+        reclaims = [self._reclaim(node, member) for node, member in zip(expired[::2], expired[1::2], strict=True)]
         for reply in await asyncio.gather(*reclaims):
             if isinstance(reply, Requeued):
                 requeued.append(reply)
             elif isinstance(reply, Ended) and not reply.earlier:
                 ended.append(reply)
-        released = sum(await asyncio.gather(*(self._release(JobId(raw.decode())) for raw in late)))
-        for late_ones in await asyncio.gather(*(self._expire(JobId(raw.decode())) for raw in deadlines)):
-            ended += late_ones
+        released = await asyncio.gather(*(self._due(keys.late, raw, self._release) for raw in late))
+        for late_ones in await asyncio.gather(*(self._due(keys.deadlines, raw, self._expire) for raw in deadlines)):
+            ended += late_ones or []
         for raw in gateways:
-            ended += await self._leave_gateway(raw.decode())
-        removed = [node for node in (NodeId(raw.decode()) for raw in old_nodes) if await self._forget(node)]
+            ended += await self._due(keys.leases, raw, self._leave_gateway) or []
+        removed = [NodeId(raw.decode()) for raw in old_nodes if await self._due(keys.nodes_known, raw, self._forget)]
         await self._tidy()
         return SweepReport(
             swept=True,
             grace_until_ms=int(grace_until),
             requeued=tuple(requeued),
             ended=tuple(ended),
-            released=released,
+            released=sum(one or 0 for one in released),
             removed_nodes=tuple(removed),
         )
 
-    async def _reclaim(self, node: NodeId, member: str) -> Requeued | Ended | NotYours:
-        job_id, fence = JobId(member.partition("/")[0]), Fence(member.partition("/")[2])
-        reply = await self._requeue(job_id, fence, "expired", "its reservation expired")
-        if not isinstance(reply, Requeued):
-            keys = [self.keys.node_running(node), self.keys.node_load(node), self.keys.job(job_id)]
-            await self._call("orphan", keys, [member, fence])
+    async def _due(self, index: str, raw: bytes, act: Callable[[str], Awaitable[T]]) -> T | None:
+        """Handle one thing that has fallen due, `raw` in the set `index`. One that fails must not keep the sweep from
+        the others; one that is foreign, or names a key of another type, would fail for ever: a dead letter."""
+        try:
+            return await act(raw.decode())
+        except (ServerError, ValueError) as error:
+            name = index.removeprefix(self.keys.prefix)
+            fields = {"source": name, "member": repr(raw)[:80], "why": str(error)}
+            if isinstance(error, ServerError) and "WRONGTYPE" not in str(error):
+                log.warning("the sweep could not handle this; the next one tries again", extra=fields)
+                return None
+            log.error("dead letter", extra=fields)
+            await self._call("cast_out", [self.keys.dead, index], [raw, str(error), self.settings.dead_keep_ms, name])
+        return None
+
+    async def _reclaim(self, raw_node: bytes, raw_member: bytes) -> Requeued | Ended | NotYours | None:
+        node = NodeId(raw_node.decode("utf-8", "replace"))
+
+        async def requeue(member: str) -> Requeued | Ended | NotYours:
+            job_id, fence = attempt_named(member)
+            reply = await self._requeue(job_id, fence, "expired", "its reservation expired")
+            if not isinstance(reply, Requeued):
+                await self._free(node, member)
+            return reply
+
+        reply = await self._due(self.keys.node_running(node), raw_member, requeue)
+        if reply is None:
+            await self._free(node, raw_member.decode("utf-8", "replace"))  # with its promised tokens
         return reply
 
-    async def _release(self, job_id: JobId) -> int:
+    async def _free(self, node: NodeId, member: str) -> None:
+        job_id, fence = attempt_named(member)
+        keys = [self.keys.node_running(node), self.keys.node_load(node), self.keys.job(job_id)]
+        await self._call("orphan", keys, [member, fence])
+
+    async def _release(self, name: str) -> int:
+        job_id = JobId(name)
         answer = await self._change("release", job_id, [])
         if answer[0] == b"unknown":
             await self.link.send("ZREM", self.keys.late, job_id)
         return int(answer[0] == b"released")
 
-    async def _expire(self, job_id: JobId) -> list[Ended]:
+    async def _expire(self, name: str) -> list[Ended]:
+        job_id = JobId(name)
         answer = await self._change("expire", job_id, [])
         if answer[0] == b"unknown":
             await self.link.send("ZREM", self.keys.deadlines, job_id)
@@ -83,14 +119,17 @@ class SweepCalls(FollowCalls, NodeCalls, CellBase):
         ended = []
         jobs_key = self.keys.gateway_jobs(GatewayId(gateway))
         for raw in await self.link.send("SMEMBERS", jobs_key):
-            reply = await self._cancel(JobId(raw.decode()), "gateway_lost", gateway, lapsed=True)
+            reply = await self._due(jobs_key, raw, lambda name: self._leave(JobId(name), gateway))
             if isinstance(reply, Ended) and not reply.earlier:
                 ended.append(reply)
         await self._call("forget_lease", [self.keys.leases, jobs_key], [gateway])
         return ended
 
-    async def _forget(self, node: NodeId) -> bool:
-        return (await self.remove_node(node)).status == "applied"
+    async def _leave(self, job_id: JobId, gateway: str) -> CancelResult:
+        return await self._cancel(job_id, "gateway_lost", gateway, lapsed=True)
+
+    async def _forget(self, node: str) -> bool:
+        return (await self.remove_node(NodeId(node))).status == "applied"
 
     async def _tidy(self) -> None:
         keys = self.keys

@@ -24,13 +24,16 @@ def apply_script(event: NodeEvent) -> str:
 
 
 def model_keys(keys: CellKeys, event: NodeEvent, known_models: Sequence[str]) -> list[str]:
-    """The keys that follow the five common ones. `known_models` are those in the node's hash."""
+    """The keys that follow the five common ones. `known_models` are those in the node's hash; the zsets of what the
+    node serves come first, then those that it must leave."""
     match event:
         case NodeBeat():
-            return [keys.model(model) if event.whole else keys.model_parts(model) for model in event.models]
+            served, other = (keys.model, keys.model_parts) if event.whole else (keys.model_parts, keys.model)
+            return [*map(served, event.models), *map(other, event.models), *_gone(keys, event.models, known_models)]
         case NodeRegistered():
             answer = keys.out(event.answer_to) if event.answer_to else keys.node(event.node)
-            return [keys.leases, answer, *(keys.model(model) for model in event.models)]
+            served_keys = [*map(keys.model, event.models), *map(keys.model_parts, event.models)]
+            return [keys.leases, answer, *served_keys, *_gone(keys, event.models, known_models)]
         case HttpBeat():
             return [keys.model(model) for model in known_models]
         case NodeBye():
@@ -40,16 +43,22 @@ def model_keys(keys: CellKeys, event: NodeEvent, known_models: Sequence[str]) ->
             return []
 
 
+def _gone(keys: CellKeys, models: Sequence[str], known_models: Sequence[str]) -> list[str]:
+    left = [model for model in known_models if model not in models]
+    return [key for model in left for key in (keys.model(model), keys.model_parts(model))]
+
+
 def apply_args(entry_id: str, event: NodeEvent, settings: Settings) -> Words:
     ms, _, sequence = entry_id.partition("-")
     common: Words = [event.node, ms, sequence or "0", settings.node_ttl_ms, settings.node_keep_ms]
     match event:
         case NodeBeat():
-            return [*common, event.epoch, event.holder, "1" if event.draining else "", *beat_fields(event)]
+            draining = "1" if event.draining else ""
+            return [*common, event.epoch, event.holder, draining, len(event.models), *beat_fields(event)]
         case NodeRegistered():
             detail = orjson.dumps({"layers": list(event.layers or ())})
             answer_id = event.answer_id if event.answer_to else ""
-            head: Words = [event.epoch, event.key_id, answer_id, detail, settings.out_ttl_ms]
+            head: Words = [event.epoch, event.key_id, answer_id, detail, settings.out_ttl_ms, len(event.models)]
             return [*common, *head, *registered_fields(event)]
         case HttpBeat():
             return [*common, event.key_id]

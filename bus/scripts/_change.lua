@@ -62,34 +62,40 @@ local function wake(queue_name, id)
   call('XADD', wake_key, 'MAXLEN', '~', 1000, '*', 'queue', queue_name, 'job', id)
 end
 
--- The one terminal. Whatever was stored of the text stays as the result.
+-- The one terminal. Whatever was stored of the text stays as the result. Accounts are written under pcall: a key of
+-- another type, or a full count, must not keep a job from its end.
 local function end_job(state, reason, code, message)
   leave()
   call('ZREM', deadlines_key, job_id)
   if set_key ~= job_key then
-    call('SREM', set_key, job_id)
+    try('SREM', set_key, job_id)
   end
   if quota_key ~= job_key then
-    call('ZREM', quota_key, job_id)
+    try('ZREM', quota_key, job_id)
   end
+  -- Nobody reports what an attempt made that does not finish: as many as are stored.
+  local new_tokens = floor(call('STRLEN', tokens_key) / 4)
   call('DEL', tokens_key, payload_key)
   local ttl = remembered and math.max(result_ttl, call('PTTL', job_key)) or result_ttl
   local text_len = call('STRLEN', text_key)
   if text_len > 0 then
     call('PEXPIRE', text_key, ttl)
   end
-  call('HSET', job_key, 'state', state, 'payload', '', 'result', concat({reason, 0, 0, now, node}, ' '),
+  call('HSET', job_key, 'state', state, 'payload', '', 'result', concat({reason, 0, new_tokens, now, node}, ' '),
     'error_code', code, 'error_message', message)
   call('PEXPIRE', job_key, ttl)
   if usage_key ~= job_key then
-    call('HINCRBY', usage_key, 'jobs', 1)
+    try('HINCRBY', usage_key, 'jobs', 1)
+    if new_tokens > 0 then
+      try('HINCRBY', usage_key, 'new_tokens', new_tokens)
+    end
   end
   local whole = ''
   if not streams and text_len > 0 and text_len <= text_max then
     whole = call('GET', text_key)
   end
   send(out_key, out_ttl, 'type', 'end', 'job', job_id, 'fence', fence, 'state', state, 'reason', reason,
-    'text_len', text_len, 'prompt_tokens', 0, 'new_tokens', 0, 'node', node, 'error_code', code,
+    'text_len', text_len, 'prompt_tokens', 0, 'new_tokens', new_tokens, 'node', node, 'error_code', code,
     'error_message', message, 'retry_after_ms', 0, 'text', whole)
   if node ~= '' then
     wake('', '')

@@ -2,7 +2,8 @@
 -- KEYS 1..6 queue, wake, deadlines, queues, model, events, then a job's job, out, gateway's set, quota, idem, text, payload;
 -- where it has none of them, the job's own key.
 -- ARGV 1..7 queue, model, prefix, queue_max, node_ttl, job_keep, jobs, then a job's id, route, policy, stream flag, seed,
--- est_prompt, est_new, payload, deadline_in, deadline_at, quota_max, idem record, redrive, attempt floor, shown text, gateway.
+-- est_prompt, est_new, payload, deadline_in, deadline_at, quota_max, idem record behind the
+-- ms that it outlives the deadline by, redrive, attempt floor, shown text, gateway.
 local queue_key, wake_key, deadlines_key, queues_key, model_key, events_key = unpack(KEYS, 1, 6)
 local queue, model, prefix = ARGV[1], ARGV[2], ARGV[3]
 local job_keep = tonumber(ARGV[6])
@@ -15,6 +16,7 @@ local function job_at(k)
   j.key, j.out_key, j.set_key, j.quota_key, j.idem_key, j.text_key, j.payload_key = unpack(KEYS, at + 1, at + KEYS_EACH)
   j.id, j.route, j.policy, j.stream, j.seed, j.est_prompt, j.est_new, j.payload, j.deadline_in, j.deadline_at, j.quota_max,
     j.idem, j.redrive, j.floor, j.shown, j.gateway = unpack(ARGV, from + 1, from + ARGS_EACH)
+  j.idem_extra, j.idem = string.match(j.idem, '^(%d+) (.+)$')
   return j
 end
 
@@ -26,6 +28,12 @@ local function existing(j)
   end
   local _, _, _, _, _, deadline = string.match(h[3], SPEC)
   return {'existing', h[1], h[2], deadline, h[4]}
+end
+
+-- The record under the job's idempotency key, if another job has it since.
+local function other_record(j)
+  local record = j.idem and call('GET', j.idem_key)
+  return record and record ~= j.idem and record or nil
 end
 
 -- Why no node can serve the model: {code, wait ms, detail, figure}. Cold, so its parts are only made here.
@@ -61,16 +69,25 @@ local function no_server(node_ttl)
   return {known > 0 and 'no_node' or 'no_model', node_ttl, '', known}
 end
 
--- An honest wait: until `count` jobs have ended, by what the model's nodes ended in the last half minute;
--- 1 s .. 60 s, 5 s when nothing is known.
-local function wait_for(count)
-  local rate = 0
-  for _, id in ipairs(call('ZRANGE', model_key, 0, 63)) do
+-- Jobs that the model's living nodes ended per second of the last half minute: 64 of them speak for all.
+local rate
+local function done_rate()
+  local sum, living = 0, call('ZRANGEBYSCORE', model_key, now - ARGV[5], '+inf', 'LIMIT', 0, 64)
+  for _, id in ipairs(living) do
     local h = call('HMGET', prefix .. 'node:' .. id, 'done_rate', 'done_ms')
     if filled(h[1]) and filled(h[2]) then
-      rate = rate + tonumber(h[1]) * math.exp(-(now - tonumber(h[2])) / 30000)
+      sum = sum + tonumber(h[1]) * math.exp(-(now - tonumber(h[2])) / 30000)
     end
   end
+  if #living == 64 then
+    sum = sum * call('ZCOUNT', model_key, now - ARGV[5], '+inf') / 64
+  end
+  return sum
+end
+
+-- An honest wait: until `count` jobs have ended; 1 s .. 60 s, 5 s when nothing is known.
+local function wait_for(count)
+  rate = rate or done_rate()
   if rate < 0.001 then
     return 5000
   end
@@ -104,7 +121,7 @@ end
 
 -- A refused submit takes its idempotency record with it.
 local function refuse(j, why)
-  if j.idem ~= '' and call('GET', j.idem_key) == j.idem then
+  if j.idem and call('GET', j.idem_key) == j.idem then
     call('DEL', j.idem_key)
   end
   try('XADD', events_key, 'MAXLEN', '~', 5000, '*', 'type', 'refused', 'subject', j.id, 'why', why[1], 'detail', model)
@@ -124,7 +141,7 @@ local function create(j)
   j.entry = call('XADD', queue_key, '*', 'job', j.id, 'fence', j.fence, 'out', out_of(j.route), 'est_prompt', j.est_prompt,
     'est_new', j.est_new, 'deadline', deadline, 'alone', '', 'avoided', '', 'resume', '')
   local big = #j.payload > 8192
-  local flags = j.stream .. (j.idem ~= '' and 'i' or '') .. (big and 'b' or '')
+  local flags = j.stream .. (j.idem and 'i' or '') .. (big and 'b' or '')
   call('HSET', j.key, 'state', 'queued', 'fence', j.fence, 'route', j.route, 'place', 'queue ' .. queue .. ' ' .. j.entry,
     'spec', concat({model, flags == '' and '-' or flags, j.policy, j.seed, now, deadline, j.est_prompt, j.est_new}, ' '),
     'payload', big and '' or j.payload)
@@ -132,12 +149,16 @@ local function create(j)
   if big then
     call('SET', j.payload_key, j.payload, 'PX', math.max(1, deadline + job_keep - now))
   end
+  if j.idem then
+    -- A twin that was refused has taken the record with it.
+    call('SET', j.idem_key, j.idem, 'PX', math.max(1, deadline + j.idem_extra - now), 'NX')
+  end
   if j.shown ~= '' then
     call('SET', j.text_key, j.shown, 'PX', math.max(1, deadline + job_keep - now))
   end
   if j.quota_key ~= j.key then
-    call('ZREMRANGEBYSCORE', j.quota_key, '-inf', now)
-    call('ZADD', j.quota_key, deadline, j.id)
+    try('ZREMRANGEBYSCORE', j.quota_key, '-inf', now)
+    try('ZADD', j.quota_key, deadline, j.id)
     keep(j.quota_key, math.max(60000, deadline - now + 120000))
   end
   deadlines[#deadlines + 1] = deadline
@@ -162,7 +183,7 @@ local function announce(was_empty, last)
   end
   call('ZADD', deadlines_key, unpack(deadlines))
   for key, set in pairs(sets) do
-    call('SADD', key, unpack(set))
+    try('SADD', key, unpack(set))
     keep(key, set.ttl)
   end
   if was_empty then

@@ -6,7 +6,10 @@ local DRAIN_MS = 30000
 -- breaker_ms = first opening, breaker_max = longest; both 0 when the failure must not open it.
 local function account(node, ok, bad, client, breaker_ms, breaker_max)
   local h = call('HMGET', node, 'failure', 'done_rate', 'done_ms', 'ok', 'failed', 'client_errors',
-    'breaker_n', 'breaker_until')
+    'breaker_n', 'breaker_until', 'epoch')
+  if not h[9] then
+    return -- removed meanwhile: a hash made here would have no TTL
+  end
   local set = {}
   if ok + bad > 0 then
     local failure = (tonumber(h[1]) or 0) * (1 - FAILURE_WEIGHT) ^ ok
@@ -56,11 +59,11 @@ local function account(node, ok, bad, client, breaker_ms, breaker_max)
 end
 
 -- Whether `holder` may act for the node. No owner known (a FLUSHALL took the hash): the caller becomes owner.
--- Returns nil if it may, else the owner's name ('' = the node has left).
+-- Returns nil and the node's models if it may, else the owner's name ('' = the node has left).
 local function other_owner(node, holder, epoch, keep_ms)
-  local h = call('HMGET', node, 'owner', 'state')
+  local h = call('HMGET', node, 'owner', 'state', 'models')
   if h[1] == holder then
-    return nil
+    return nil, h[3]
   end
   if filled(h[1]) or h[2] == 'bye' then
     return h[1] or ''
@@ -69,6 +72,7 @@ local function other_owner(node, holder, epoch, keep_ms)
   if string.sub(holder, 1, 6) == 'relay:' then
     return ''
   end
+  call('HDEL', node, '') -- frees nothing: what follows must pass at maxmemory
   call('HSET', node, 'owner', holder, 'epoch', epoch)
   call('PEXPIRE', node, keep_ms)
   return nil

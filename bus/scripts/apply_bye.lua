@@ -1,6 +1,6 @@
 -- use: _apply
 -- It has left on purpose: no longer counted, and a tombstone keeps late beats of its epoch from reviving it.
--- It stays listed while it has reservations, so that the sweep finds them. KEYS 6 running, 7.. the zsets of its models. ARGV 6 epoch, 7 key id.
+-- It stays listed until the sweep has handed back what it held, at once, and removed its keys. KEYS 6 running, 7.. the zsets of its models. ARGV 6 epoch, 7 key id.
 local h = call('HMGET', node_key, 'epoch', 'state', 'key_id')
 local epoch = tonumber(ARGV[6])
 if not h[2] or h[2] == 'bye' then
@@ -19,10 +19,10 @@ call('DEL', alive_key)
 for i = 7, #KEYS do
   call('ZREM', KEYS[i], node)
 end
-if call('ZCARD', KEYS[6]) == 0 then
-  call('ZREM', known_key, node)
-end
 call('HSET', node_key, 'state', 'bye', 'epoch', epoch, 'owner', '', 'beat_id', beat_id)
 call('PEXPIRE', node_key, node_keep)
+for _, member in ipairs(call('ZRANGE', KEYS[6], 0, -1)) do
+  call('ZADD', KEYS[6], now, member) -- due now: nobody may renew or finish them any more
+end
 report(events_key, 'node_down', node, 'bye', '')
 return 'applied'

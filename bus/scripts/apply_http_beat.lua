@@ -13,5 +13,5 @@ elseif is_expired() then
   return 'expired'
 end
 call('HSET', node_key, 'beat_id', beat_id, 'beat_ms', beat_ms)
-revive({unpack(KEYS, 6)})
+revive(6, #KEYS - 5, false)
 return 'applied'

@@ -1,6 +1,6 @@
 -- use: _apply
--- A registration over HTTP. The epoch is the lock's fencing token. KEYS 6 leases, 7 the answer's out-stream, 8.. the zsets of its models.
--- ARGV 6 epoch, 7 key id, 8 answer id or '', 9 detail, 10 out_ttl, then fields and values of the hash.
+-- A registration over HTTP. The epoch is the lock's fencing token. KEYS 6 leases, 7 the answer's out-stream, 8.. the zsets of its models,
+-- then of those it does not serve. -- ARGV 6 epoch, 7 key id, 8 answer id or '', 9 detail, 10 out_ttl, 11 models, then fields and values of the hash.
 local epoch = tonumber(ARGV[6])
 local h = call('HMGET', node_key, 'epoch', 'beat_id', 'state', 'owner', 'kind', 'key_id')
 local stored = tonumber(h[1]) or 0
@@ -22,8 +22,8 @@ end
 local status = decide()
 if status == 'applied' then
   call('HSET', node_key, 'epoch', epoch, 'state', 'up', 'beat_id', beat_id, 'beat_ms', beat_ms, 'kind', 'http', 'key_id', ARGV[7],
-    'breaker_n', 0, 'breaker_until', 0, 'breaker_probe', '', 'failure', 0, 'drained_by', '', unpack(ARGV, 11))
-  revive({unpack(KEYS, 8)})
+    'breaker_n', 0, 'breaker_until', 0, 'breaker_probe', '', 'failure', 0, 'drained_by', '', unpack(ARGV, 12))
+  revive(8, tonumber(ARGV[11]), true)
 end
 if status == 'again' then
   status = 'applied'

@@ -59,13 +59,13 @@ local function node_at(index)
   return nodes[index] or load_node(index)
 end
 
--- Whether any live node of the model is not avoided, named by the caller or not.
+-- Whether any live node of the model is not avoided, named by the caller or not; who beat last comes first.
 local function another_lives(avoid)
-  for _, id in ipairs(call('ZRANGE', prefix .. 'model:' .. model, 0, 255)) do
+  for _, id in ipairs(call('ZRANGE', prefix .. 'model:' .. model, 0, 255, 'REV')) do
     if not has_word(avoid, id) then
       local key = prefix .. 'node:' .. id
-      local h = call('HMGET', key, 'owner', 'state')
-      if h[2] == 'up' and is_live(key, h[1]) then
+      local h = call('HMGET', key, 'owner', 'state', 'models')
+      if h[2] == 'up' and has_word(h[3], model) and is_live(key, h[1]) then
         return true
       end
     end
@@ -188,6 +188,8 @@ end
 
 if #dropped > 0 then
   call('XDEL', queue_key, unpack(dropped))
+elseif #marks > 0 then
+  relieve(leases_key)
 end
 for _, n in pairs(nodes) do
   if #n.scores > 0 then

@@ -21,6 +21,7 @@ end
 if job.state == 'queued' then
   return end_job('cancelled', 'cancelled', '', '')
 end
+relieve(late_key)
 call('HSET', job_key, 'cancel', by)
 tell_worker()
 return {'cancelling'}

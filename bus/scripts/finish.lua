@@ -10,7 +10,7 @@ local prefix = ARGV[3]
 local out_ttl, result_ttl, text_max = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[7])
 local KEYS_EACH, ARGS_EACH = 8, 11
 
-local owner = other_owner(node_key, ARGV[1], ARGV[2], tonumber(ARGV[6]))
+local owner, served = other_owner(node_key, ARGV[1], ARGV[2], tonumber(ARGV[6]))
 if owner then
   return {'superseded', owner}
 end
@@ -82,7 +82,7 @@ call('XACK', jobs_key, 'workers', unpack(entries))
 call('XDEL', jobs_key, unpack(entries))
 call('ZREM', deadlines_key, unpack(ids))
 for set, jobs in pairs(sets) do
-  call('SREM', set, unpack(jobs))
+  try('SREM', set, unpack(jobs))
 end
 
 -- The result is the stored text; answers the whole of it if the terminal carries it.
@@ -109,7 +109,7 @@ end
 local ok, bad, client = 0, 0, 0
 for _, p in ipairs(ending) do
   if p.quota ~= p.job then
-    call('ZREM', p.quota, p.job_id)
+    try('ZREM', p.quota, p.job_id)
   end
   if not p.clean then
     call('DEL', p.tokens_key, p.payload_key)
@@ -125,9 +125,10 @@ for _, p in ipairs(ending) do
   end
   call('PEXPIRE', p.job, p.ttl)
   if p.usage ~= p.job then
-    call('HINCRBY', p.usage, 'jobs', 1)
-    call('HINCRBY', p.usage, 'prompt_tokens', p.prompt_tokens)
-    call('HINCRBY', p.usage, 'new_tokens', p.new_tokens)
+    -- A key of another type, or a full count, must not keep a job from its end.
+    try('HINCRBY', p.usage, 'jobs', 1)
+    try('HINCRBY', p.usage, 'prompt_tokens', p.prompt_tokens)
+    try('HINCRBY', p.usage, 'new_tokens', p.new_tokens)
   end
   if p.stream and p.new ~= '' then
     send(p.out, out_ttl, 'type', 'frame', 'job', p.job_id, 'fence', p.fence, 'offset', before, 'text', p.new, 'count', 0)
@@ -144,6 +145,10 @@ for _, p in ipairs(ending) do
   end
 end
 account(node_key, ok, bad, client, 0, 0)
+-- The room is for all models of the node.
+for model in string.gmatch(served or '', '%S+') do
+  models[model] = true
+end
 for model in pairs(models) do
   local queue = prefix .. 'queue:' .. model
   if call('XLEN', queue .. ':1') > 0 or call('XLEN', queue .. ':0') > 0 then

@@ -8,5 +8,6 @@ end
 local last = value and tonumber(sub(value, 2)) or 0
 local stored = tonumber(call('HGET', KEYS[2], 'epoch') or 0) or 0
 local epoch = math.max(stored + 1, last + 1, now)
+call('DEL', KEYS[1]) -- so that the SET passes at maxmemory
 call('SET', KEYS[1], epoch, 'PX', ARGV[1])
 return {'taken', epoch}

@@ -1,6 +1,6 @@
 -- use: _event
 -- A worker at boot takes its node: a new epoch, owner and lease, unless another holder lives.
--- KEYS node, leases, running, alive, events. ARGV node, worker, lease_ms, node_keep.
+-- KEYS node, leases, running, alive, events, nodes:known. ARGV node, worker, lease_ms, node_keep.
 -- Answers {'owned', epoch, holder, reservations left} or {'held', holder, expiry}.
 local h = call('HMGET', KEYS[1], 'owner', 'epoch', 'kind', 'state', 'key_id')
 if filled(h[1]) then
@@ -23,5 +23,7 @@ call('HSET', KEYS[1], 'owner', holder, 'epoch', epoch, 'state', 'starting', 'bre
   'breaker_probe', '', 'alone', '', 'beat_id', '')
 call('PEXPIRE', KEYS[1], ARGV[4])
 call('ZADD', KEYS[2], now + ARGV[3], holder)
+-- Listed from here on, so that the keys of one that never beats are removed in the end.
+call('ZADD', KEYS[6], now, ARGV[1])
 report(KEYS[5], 'owned', ARGV[1], 'boot', holder)
 return {'owned', epoch, holder, call('ZRANGE', KEYS[3], 0, -1)}

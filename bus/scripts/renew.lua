@@ -43,6 +43,7 @@ for _, member in ipairs(call('ZRANGE', KEYS[3], 0, -1)) do
     others[#others + 1] = member
   end
 end
+relieve(KEYS[3])
 call('ZADD', KEYS[1], expiry, holder)
 for from = 1, #extended, 2000 do
   call('ZADD', KEYS[3], 'XX', unpack(extended, from, math.min(from + 1999, #extended)))

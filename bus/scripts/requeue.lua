@@ -32,10 +32,15 @@ if why == 'expired' or why == 'down' then
     -- A worker that lives but does not read must not get the same job again and again.
     avoid_node = why == 'expired'
     why = 'unread'
-  elseif call('HGET', node_key, 'kind') == 'http' then
-    why = 'relay_lost'
   else
-    why = 'crash'
+    local kind, state = unpack(call('HMGET', node_key, 'kind', 'state'))
+    if state == 'bye' then
+      why = 'drain' -- it left on purpose: nobody's fault
+    elseif kind == 'http' then
+      why = 'relay_lost'
+    else
+      why = 'crash'
+    end
   end
 end
 local counted = why
@@ -58,7 +63,7 @@ local errors = (tonumber(job.node_errors) or 0) + (counted == 'node_error' and 1
 local function account_failure()
   if counted == 'node_error' then
     account(node_key, 0, 1, 0, breaker_ms, breaker_max)
-  elseif why == 'crash' and call('HGET', node_key, 'crash_owner') ~= job.owner then
+  elseif why == 'crash' and call('EXISTS', node_key) == 1 and call('HGET', node_key, 'crash_owner') ~= job.owner then
     call('HSET', node_key, 'crash_owner', job.owner)
     account(node_key, 0, 1, 0, 0, 0)
   end

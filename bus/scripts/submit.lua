@@ -1,6 +1,7 @@
 -- use: _create
 -- Up to 64 jobs of one queue come in, or are found. Answers per job {'existing', state, fence, deadline, route},
--- {'new', 'queued', fence, deadline} or {'refused', code, wait ms, detail, figure}.
+-- {'new', 'queued', fence, deadline}, {'refused', code, wait ms, detail, figure},
+-- or {'other', record} if the idempotency key has come to name another job.
 local answers = {}
 local length = call('XLEN', queue_key)
 local waiting, last = length, nil
@@ -8,7 +9,10 @@ local waiting, last = length, nil
 for k = 1, tonumber(ARGV[7]) do
   local j = job_at(k)
   local answer = existing(j)
-  if not answer then
+  local record = not answer and other_record(j)
+  if record then
+    answer = {'other', record}
+  elseif not answer then
     local why
     if sub(j.route, 1, 6) == 'reply:' then
       local kind = call('TYPE', j.out_key).ok

@@ -14,18 +14,20 @@ local sweeper = call('GET', sweep_key)
 if sweeper and sweeper ~= holder then
   return {0}
 end
+relieve(leases_key)
 call('SET', sweep_key, holder, 'PX', lock_ms)
 
 local expired, old_nodes, owners = {}, {}, {}
 local ids = call('ZRANGE', known_key, 0, -1, 'WITHSCORES')
 for i = 1, #ids, 2 do
   local id, key = ids[i], prefix .. 'node:' .. ids[i]
-  local due = call('ZRANGEBYSCORE', key .. ':running', '-inf', now, 'LIMIT', 0, batch)
+  -- A foreign key of another type must not keep the sweep from everything else.
+  local due = try('ZRANGEBYSCORE', key .. ':running', '-inf', now, 'LIMIT', 0, batch)
   for _, member in ipairs(due) do
     expired[#expired + 1] = id
     expired[#expired + 1] = member
   end
-  local h = call('HMGET', key, 'owner', 'state')
+  local h = try('HMGET', key, 'owner', 'state')
   if filled(h[1]) then
     owners[h[1]] = true
   end

@@ -2,5 +2,6 @@
 if call('GET', KEYS[1]) ~= ARGV[1] then
   return 0
 end
+call('DEL', KEYS[1]) -- so that the SET passes at maxmemory
 call('SET', KEYS[1], '-' .. ARGV[1], 'PX', 10000)
 return 1

@@ -19,7 +19,7 @@ from tests.protocol.world import World, chat, make_world
 
 WRITES = {
     *("hset", "hdel", "hincrby", "set", "append", "del", "pexpire", "pexpireat", "sadd", "srem", "zadd", "zrem"),
-    *("zremrangebyscore", "xadd", "xdel", "xack", "copy", "xgroup"),
+    *("zremrangebyscore", "xadd", "xdel", "xack", "xtrim", "copy", "xgroup"),
 }
 
 

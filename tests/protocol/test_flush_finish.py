@@ -112,7 +112,7 @@ async def test_anyone_but_the_owner_is_superseded(world: World):
         await world.finish(one)
     with pytest.raises(Superseded):
         await world.cell.renew(NodeId("n1"), one.owner, [])
-    assert await world.state(one.job_id) == "running"
+    assert (await world.state(one.job_id), await world.ends()) == ("queued", [])
 
 
 async def test_without_a_node_hash_the_caller_becomes_owner(world: World):
