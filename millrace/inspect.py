@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from bus.cell import Cell
-from bus.codec.wire import JobRecord, NodeView, QueueView
+from bus.codec.wire import CellView, JobRecord, NodeView, QueueView
 from bus.ids import JobId, parse_cell
 from bus.keys import CellKeys
 from bus.layout import LayoutMismatch, read_layout
@@ -16,6 +16,8 @@ from bus.link import Link, ServerAddress, check_server
 from bus.settings import Settings
 from millrace.preflight import CannotStart
 from millrace.table import to_table
+
+LISTED_MAX = 20  # jobs of one queue or node in a list
 
 
 @asynccontextmanager
@@ -75,20 +77,38 @@ def node_state(view: NodeView, now_ms: int) -> str:
 
 
 async def run_jobs(settings: Settings, job: str | None, *, as_json: bool) -> int:
-    """One job with everything about it, or how many wait and run."""
+    """One job with everything about it, or those that wait and run."""
     async with opened_cells(settings) as cells:
         if job is not None:
             record = await _record(cells, job)
             _print_json(record) if as_json else print(job_lines(record))
             return 0
-        looks = [await cell.look() for cell in cells]
+        looks = [await cell.look(heads=LISTED_MAX) for cell in cells]
+        running = [row for cell, look in zip(cells, looks, strict=True) for row in await _running(cell, look)]
     queues = [queue for look in looks for queue in look.queues if queue.length]
-    running = {node.node: node.running for look in looks for node in look.nodes.values()}
     if as_json:
-        _print_json({"queues": queues, "running": running})
+        counts = {node.node: node.running for look in looks for node in look.nodes.values()}
+        _print_json({"queues": queues, "running": counts, "jobs_running": [row[0] for row in running]})
         return 0
-    print(to_table(["queue", "waiting", "first"], [queue_row(queue) for queue in queues]) if queues else "no job waits")
+    rows = [*running, *(row for queue in queues for row in waiting_rows(queue))]
+    print(to_table(["job", "state", "where"], rows) if rows else "no job waits or runs")
     return 0
+
+
+async def _running(cell: Cell, look: CellView) -> list[list[str]]:
+    """Jobs on nodes, by their reservations: at most LISTED_MAX a node."""
+    rows = []
+    for node in sorted(node.node for node in look.nodes.values() if node.running):
+        for member in await cell.link.send("ZRANGE", cell.keys.node_running(node), 0, LISTED_MAX - 1):
+            rows.append([member.decode("utf-8", "replace").partition("/")[0], "running", node])
+    return rows
+
+
+def waiting_rows(queue: QueueView) -> list[list[str]]:
+    """The first ones in order, and how many more there are."""
+    rows = [[head.job_id, "waiting", queue.queue] for head in queue.heads]
+    more = queue.length - len(rows)
+    return [*rows, [f"... {more} more", "waiting", queue.queue]] if more > 0 else rows
 
 
 async def _record(cells: list[Cell], job: str) -> JobRecord:
@@ -97,10 +117,6 @@ async def _record(cells: list[Cell], job: str) -> JobRecord:
     if record is None:
         raise CannotStart(f"there is no job {job!r}: finished jobs are kept for a while only (MILLRACE_RESULT_TTL_MS)")
     return record
-
-
-def queue_row(queue: QueueView) -> list[str]:
-    return [queue.queue, str(queue.length), queue.heads[0].job_id if queue.heads else ""]
 
 
 def job_lines(record: JobRecord) -> str:

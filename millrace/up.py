@@ -6,7 +6,7 @@
     4 server     the embedded one, or REDIS_URL's; checked for version and eviction policy
     5 key        var/api-key is made, or registered again
     6 roles      the lines of the Procfile, each kept running (millrace.keeper)
-    7 ready      /ready of every gateway answers 200; then the banner
+    7 ready      /ready of every gateway answers 200 and the Procfile's own workers are up; then the banner
     stop         the other way round: the roles together, then the server
 
 Signals: the first SIGINT, SIGTERM or SIGHUP stops in order, the second one kills the roles.
@@ -28,6 +28,7 @@ from millrace.embedded import Embedded, EmbeddedError, write_private
 from millrace.keeper import Ended, Keeper, Spec, shell
 from millrace.lock import FleetLock, lock_path, running_pid, take_lock, wait_until_free
 from millrace.logs import LogFile, Terminal
+from millrace.own_workers import OwnWorkers
 from millrace.preflight import CannotStart, check_ports, fetch_model, gateway_ports, read_procfile, runs_torch
 from millrace.probe import is_ready
 
@@ -117,9 +118,10 @@ class Fleet:
             await self._start_warden()
             url = await self._start_server(keepers)
             key = await self._register_key(url)
+            workers = OwnWorkers(self._settings.changed(redis_url=url), self._lines)
             self._start_roles(keepers, url)
             began = time.monotonic()
-            await self._wait_until_ready()
+            await self._wait_until_ready(workers)
             if self._stopping:
                 return
             self._ready = True
@@ -230,13 +232,13 @@ class Fleet:
         self._terminal.line(f"{ended.name} ended with {ended.how}, starting it again (see {log_path})")
         return True
 
-    async def _wait_until_ready(self) -> None:
-        """Until /ready of each gateway answers 200. Says from time to time what is missing; the roles log why."""
+    async def _wait_until_ready(self, workers: OwnWorkers) -> None:
+        """Gateways first, then our own workers. Says from time to time what is missing; the roles log why."""
         ports = gateway_ports(self._lines, self._settings)
         said = time.monotonic()
         while not self._stopping:
             answers = {name: await is_ready(self._settings.gateway_host, port) for name, port in ports.items()}
-            missing = {name: why for name, why in answers.items() if why}
+            missing = {name: why for name, why in answers.items() if why} or await workers.missing()
             if not missing:
                 return
             if time.monotonic() - said > STILL_WAITING_S:

@@ -39,7 +39,7 @@ RELEASE_MODULE = "bus.process.release"  # these two load the link and uvloop: a 
 CHILD_MODULE = "bus.process.child"
 CHILD_FLAG = "--child"
 STOP_RELEASE_S = 2.0  # a parent that is told to stop gives a dead child's things back no longer than this
-FLEET_LOOK_S = 1.0
+FLEET_LOOK_S = 0.2  # soon enough to drain while the fleet's server still stops
 KILL_MARGIN_S = 5.0  # beyond the drain grace: for closing connections, before SIGKILL
 
 log = logging.getLogger(__name__)

@@ -16,6 +16,9 @@ GATEWAYS = (
     "gateway: exec $PYTHON {toy} gateway $MILLRACE_GATEWAY_PORT",
     "gateway2: exec $PYTHON {toy} gateway $MILLRACE_GATEWAY2_PORT",
 )
+REGISTRY = "registry: exec $PYTHON -m registry_consumer"
+DISPATCHER = "dispatcher: exec $PYTHON -m dispatcher"
+WORKER = "worker: exec $PYTHON -m gpu_worker"  # MILLRACE_ENGINE is echo
 IDLE = "idle: exec $PYTHON {toy} idle"
 
 
