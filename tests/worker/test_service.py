@@ -134,7 +134,7 @@ async def test_a_foreign_entry_is_put_away_with_its_reason_and_hurts_nobody(hous
         assert (await house.cell.link.send("XPENDING", key, "workers"))[0] == 0
 
 
-@pytest.mark.parametrize("odd", [{}, {"owner": "other.1"}, {"payload": b""}, {"text_len": "5"}])
+@pytest.mark.parametrize("odd", [{}, {"owner": "other.1"}, {"payload": b""}, {"text_len": "5"}, {"text_len": "-7"}])
 async def test_a_well_formed_entry_of_no_attempt_is_put_away(house: House, odd: dict[str, str | bytes]):
     """Its job is unknown, so no script ever deletes it: it would stay pending, and be read at each reconnect."""
     async with worker(house):
