@@ -197,7 +197,9 @@ class Passes:
         own = {queue for queue in left if self.share.owns(queue)}
         self._left = own | (self._left - looked)
         self._stuck = (own - roomy) | (self._stuck - looked)
-        again = (roomy if moved else set()) | (own if self._room else self._next_pages(mine, roomy, taken))
+        # A pick that was gone has counted against its node in vain.
+        void = {queue for queue in left if taken.settled.get(queue, 0) > taken.assigned.get(queue, 0)}
+        again = (roomy if moved else set()) | void | (own if self._room else self._next_pages(mine, roomy, taken))
         if again:
             self._woken |= again
             self._event.set()

@@ -62,12 +62,12 @@ class NodeCalls(CellBase):
             ],
         )
         raise_if_superseded(node, holder, answer)
-        stop = [word.decode() for word in answer[2]]
+        stop = [_text(word) for word in answer[2]]
         return Renewed(
             expires_ms=int(answer[1]),
             stop=dict(zip(stop[::2], stop[1::2], strict=True)),
-            cancel=tuple(member.decode() for member in answer[3]),
-            others=tuple(member.decode() for member in answer[4]),
+            cancel=tuple(map(_text, answer[3])),
+            others=tuple(map(_text, answer[4])),
         )
 
     async def lease(self, holder: str) -> int:
@@ -87,7 +87,7 @@ class NodeCalls(CellBase):
         ended: list[Requeued | Ended] = []
         for one in nodes:
             names = [keys.leases, keys.node(one), keys.node_running(one), keys.events]
-            members = [raw.decode() for raw in await self._call("down", names, [one, holder])]
+            members = [_text(raw) for raw in await self._call("down", names, [one, holder])]
             work = (self._requeue(*attempt_named(member), "down", f"{holder} died") for member in members)
             for answer in await asyncio.gather(*work):
                 if isinstance(answer, Requeued) or (isinstance(answer, Ended) and not answer.earlier):
@@ -210,7 +210,7 @@ def _to_owned(node: NodeId, answer: list[object]) -> Owned | HeldBy:
 
 def _text(raw: object) -> str:
     assert isinstance(raw, bytes)
-    return raw.decode()
+    return raw.decode("utf-8", "replace")  # a foreign member of a set must not stop its reader
 
 
 def _number(raw: object) -> int:

@@ -1,8 +1,9 @@
 """How a node's view travels from `_view.lua`: names and types of its fields, in the script's order."""
 
-from typing import Any
+import math
+from typing import Any, cast
 
-from bus.codec.wire import NodeView
+from bus.codec.wire import NODE_STATES, NodeState, NodeView
 from bus.ids import NodeId
 
 SHORT_FIELDS = (
@@ -14,22 +15,28 @@ FULL_FIELDS = (
     *("key_id", "gpu_memory_gb", "version", "waiting", "free_blocks", "total_blocks"),
 )
 _NAMES = SHORT_FIELDS + FULL_FIELDS
+LAYER_DIGITS_MAX = 5
 
 
 def to_node_view(raw: list[Any]) -> NodeView:
     """raw: id, alive, leased, running, promised prompt and new tokens, then the fields as texts."""
     values = {name: value.decode("utf-8", "replace") for name, value in zip(_NAMES, raw[6:], strict=False)}
 
-    def whole(name: str) -> int:
-        return int(float(values.get(name) or 0))
-
     def real(name: str) -> float:
-        return float(values.get(name) or 0)
+        """0 for what is no number: a foreign hash must not stop everybody who looks at all nodes."""
+        try:
+            number = float(values.get(name) or 0)
+        except ValueError:
+            return 0.0
+        return number if math.isfinite(number) else 0.0
+
+    def whole(name: str) -> int:
+        return int(real(name))
 
     running = int(raw[3])
     return NodeView(
-        node=NodeId(raw[0].decode()),
-        state=values["state"] or "starting",
+        node=NodeId(raw[0].decode("utf-8", "replace")),
+        state=cast(NodeState, values["state"] if values["state"] in NODE_STATES else "starting"),
         alive=raw[1] == 1,
         leased=raw[2] == 1,
         owner=values["owner"],
@@ -49,7 +56,7 @@ def to_node_view(raw: list[Any]) -> NodeView:
         last_beat_ms=whole("beat_ms"),
         resume=values["resume"],
         epoch=whole("epoch"),
-        layers=tuple(int(layer) for layer in values.get("layers", "").split()),
+        layers=tuple(int(layer) for layer in values.get("layers", "").split() if _is_layer(layer)),
         layer_count=whole("layer_count"),
         whole=values.get("whole", "1") != "0",
         context_length=whole("context_length"),
@@ -66,3 +73,7 @@ def to_node_view(raw: list[Any]) -> NodeView:
         total_blocks=whole("total_blocks"),
         breaker_probe=values.get("breaker_probe", ""),
     )
+
+
+def _is_layer(word: str) -> bool:
+    return word.isascii() and word.isdigit() and len(word) <= LAYER_DIGITS_MAX

@@ -17,6 +17,8 @@ from bus.jobs import ChatJob
 from bus.keys import PRIORITY_NEW, QueueName
 
 JobState = Literal["queued", "running", "done", "failed", "cancelled", "duplicate"]
+NodeState = Literal["starting", "up", "draining", "bye"]
+NODE_STATES: frozenset[str] = frozenset({"starting", "up", "draining", "bye"})
 TERMINAL_STATES: frozenset[str] = frozenset({"done", "failed", "cancelled", "duplicate"})
 RequeueWhy = Literal["crash", "node_error", "drain", "unread", "relay_lost"]
 Policy = Literal["cancel", "keep"]  # what becomes of the job when its gateway is gone
@@ -193,7 +195,7 @@ class NodeView(msgspec.Struct, frozen=True):
     """One node as the server sees it now."""
 
     node: NodeId
-    state: Literal["starting", "up", "draining", "bye"]
+    state: NodeState
     alive: bool  # has beaten within its TTL
     leased: bool  # its owner's lease holds; only alive and leased nodes get jobs
     owner: str

@@ -160,6 +160,18 @@ async def test_a_page_of_jobs_that_avoid_the_free_node_hides_no_job_behind_them(
     assert passes.looks <= 4
 
 
+async def test_jobs_that_are_gone_hold_up_none_behind_them(cell: Cell) -> None:
+    """Each was counted against the node in vain: the next look comes at once, not with the next wake."""
+    node = await HandNode.join(cell, "a", capacity=2)
+    await submit(cell, *(f"gone{index}" for index in range(10)), "last")
+    for index in range(10):
+        await cell.link.send("DEL", cell.keys.job(JobId(f"c0-gone{index}")))
+
+    await pass_over(cell, 10)
+
+    assert [one.job_id for one in await node.take()] == ["c0-last"]
+
+
 async def put_at_the_end(cell: Cell, job_id: JobId) -> None:
     """The only new job waits behind those that were handed back, as if it had been handed back after them."""
     again = queue_name(MODEL, 0)
