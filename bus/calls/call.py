@@ -27,7 +27,7 @@ AfterLoss = Literal["redrive", "wait", "give up"]
 Errand = Literal["check", "fill", "cancel"]
 
 ELSEWHERE_CHECK_S = 1.0
-STORED_CHECK_S = 0.2
+STORED_CHECK_S = 0.2  # so at every look
 MISSING_CHECK_S = 1.0
 
 
@@ -132,9 +132,10 @@ def where_of(route: Route, gateway: GatewayId) -> Where:
 
 def must_attach(call: Call) -> bool:
     """Whether a caller who streams has to bring the stream here first."""
-    if call.following.ended is not None or call.where == "stored":
+    following = call.following
+    if following.ended is not None or following.waiting_for_text() is not None or call.where == "stored":
         return False
-    return call.where != "here" or not call.following.streamed
+    return call.where != "here" or not following.streamed
 
 
 def after_loss(call: Call, now: float, *, wait_s: float) -> AfterLoss:

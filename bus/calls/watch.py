@@ -22,6 +22,7 @@ from bus.settings import Settings
 
 log = logging.getLogger(__name__)
 
+LOOK_S = 0.25  # between two looks at all jobs, at most
 CHECKS_MAX = 256  # state checks at a time
 LOSS_WAIT_MS = 3_000  # beyond the silence after which the process that holds the request notices a loss
 DEADLINE_LEASES = 3  # how long after its deadline a job may still be heard of: the sweep and its grace take time
@@ -61,7 +62,7 @@ class CallWatch:
     async def run(self) -> None:
         """Until cancelled: renew the leases, then look at every job."""
         loop = asyncio.get_running_loop()
-        pause_s = min(0.25, self._settings.renew_ms / 1000, self._settings.silence_ms / 4000)
+        pause_s = min(LOOK_S, self._settings.renew_ms / 1000, self._settings.silence_ms / 4000)
         renew_at = loop.time()
         while True:
             if loop.time() >= renew_at:
@@ -78,6 +79,7 @@ class CallWatch:
 
     async def close(self, *, hand_over: bool) -> None:
         """Cancel, as far as the server answers, the jobs whose policy says so, and give up the leases."""
+        self._due.clear()
         for task in list(self._work):
             task.cancel()
         if hand_over:
@@ -147,6 +149,8 @@ class CallWatch:
         if call.submission is None:
             call.policy = "keep" if record.policy == "keep" else "cancel"
         if record.ended:
+            if call.where == "asking":
+                call.move_to(where_of(record.route, self._gateway))
             await self._take_end(call, cell, record)
         elif call.following.markers == markers:
             call.move_to(where_of(record.route, self._gateway), record.route.gateway or record.route.out)

@@ -110,6 +110,13 @@ def test_a_stream_that_has_ended_is_not_brought_anywhere():
     assert not must_attach(over)
 
 
+def test_a_stream_whose_end_waits_for_its_last_text_is_not_brought_anywhere():
+    nearly = call("elsewhere")
+    nearly.following.end("1.a", 5, Ended(state="done", reason="stop"), None)
+
+    assert not must_attach(nearly)
+
+
 def test_the_route_says_where_news_of_a_job_comes():
     assert where_of(Route(out="gateway:us", gateway=US), US) == "here"
     assert where_of(Route(out="gateway:them", gateway=GatewayId("them")), US) == "elsewhere"
