@@ -5,6 +5,7 @@ local sweep_key, grace_key, leases_key, late_key, deadlines_key, known_key = unp
 local prefix, holder = ARGV[1], ARGV[2]
 local lease_ms, lock_ms, batch, node_keep = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local SUDDEN_MS = 2000
+local FAR_LEASES = 10
 local MASS_LEAST = 3
 
 -- Asked here, not told by the caller: a call that waited for the server to come back would name the run before.
@@ -23,9 +24,13 @@ for i = 1, #ids, 2 do
   local id, key = ids[i], prefix .. 'node:' .. ids[i]
   -- A foreign key of another type must not keep the sweep from everything else.
   local due = try('ZRANGEBYSCORE', key .. ':running', '-inf', now, 'LIMIT', 0, batch)
-  for _, member in ipairs(due) do
-    expired[#expired + 1] = id
-    expired[#expired + 1] = member
+  -- No reservation lasts as long: a foreign one would hold its slot for ever. One whose job runs there is left alone.
+  local far = try('ZRANGEBYSCORE', key .. ':running', '(' .. now + FAR_LEASES * lease_ms + 60000, '+inf', 'LIMIT', 0, batch)
+  for _, members in ipairs({due, far}) do
+    for _, member in ipairs(members) do
+      expired[#expired + 1] = id
+      expired[#expired + 1] = member
+    end
   end
   local h = try('HMGET', key, 'owner', 'state')
   if filled(h[1]) then

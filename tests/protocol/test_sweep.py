@@ -275,3 +275,18 @@ async def test_a_sweep_that_waited_for_the_server_to_come_back_still_gives_the_g
         report = await asyncio.wait_for(waiting, 10)
 
     assert report.grace_until_ms > 0
+
+
+async def test_a_reservation_that_claims_to_last_for_ever_frees_its_slot_unless_its_job_runs_there(world: World):
+    """Anybody may ZADD; and a server whose clock went back has written such ones itself."""
+    await world.node(capacity=3)
+    one = await world.start()
+    running = world.cell.keys.node_running(N1)
+    member = f"{one.job_id}/{one.fence}"
+    await world.link.send("ZADD", running, "+inf", member, "+inf", "c0-ghost/1.aa", 10**15, b"\xff\xfe")
+    await world.end_grace()
+
+    await world.sweep()
+
+    assert await world.running() == [member]
+    assert await world.state(one.job_id) == "running"
