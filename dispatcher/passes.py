@@ -43,6 +43,7 @@ class Passes:
         self._turn = 0
         self._board = Board(fresh_ms)
         self._pages = Pages(ASSIGN_MAX)
+        self._from_the_front = False  # room appeared: the oldest jobs may have it
         self._everything = True
         self._woken: set[QueueName] = set()  # to be looked at
         self._fresh: dict[QueueName, list[QueuedJob]] = {}  # brought by wakes
@@ -67,7 +68,7 @@ class Passes:
     def wake_room(self) -> None:
         """Room appeared somewhere."""
         self._room = True
-        self._pages.restart()
+        self._from_the_front = True
         if self._left:
             self._woken |= self._left
             self._event.set()
@@ -115,7 +116,8 @@ class Passes:
         fresh, self._fresh = self._news(), {}
         if not (everything or woken or fresh):
             return
-        if everything:
+        if everything or self._from_the_front:
+            self._from_the_front = False
             self._pages.restart()
         self._turn += 1
         try:
@@ -150,7 +152,17 @@ class Passes:
         self._log(taken, "fresh", sum(view.length for view in views))
 
     async def _look_and_assign(self, queues: Sequence[QueueName]) -> None:
-        """What wakes say from here on may be later than what the look shows, so it leads to another pass."""
+        """Page by page while nothing moves and a node has room. All in one pass: on a busy fleet room appears all the
+        time, and each time the next pass begins at the front again."""
+        more = await self._take_page(queues)
+        while more:
+            more = await self._take_page(tuple(more))
+
+    async def _take_page(self, queues: Sequence[QueueName]) -> set[QueueName]:
+        """Answers the queues whose next page is worth a look.
+
+        What wakes say from here on may be later than what the look shows, so it leads to another pass.
+        """
         self.looks += 1
         self._room = False
         self._stuck -= set(queues or self._stuck)
@@ -161,8 +173,9 @@ class Passes:
         mine = [one for one in view.queues if one.queue in after or self.share.serves(one, view.now_ms, take_over_ms)]
         taken = await self._assign(plan(mine, nodes, view.now_ms, self._turn, self._draw))
         self._board.remember(view, nodes, self._clock_ms())
-        self._note(view, queues, mine, nodes, taken)
+        more = self._note(view, queues, mine, nodes, taken)
         self._log(taken, "looked", sum(one.length for one in mine))
+        return more
 
     @staticmethod
     def _clock_ms() -> float:
@@ -187,8 +200,9 @@ class Passes:
         mine: Sequence[QueueView],
         nodes: dict[ModelName, list[Node]],
         taken: "_Taken",
-    ) -> None:
-        """Remember what is left, and arrange the next look: at once if something can still move, else when it may."""
+    ) -> set[QueueName]:
+        """Remember what is left, and arrange the next look: at once if something can still move, else when it may.
+        Answers the queues of which the next page is worth a look."""
         moved = sum(taken.settled.values())
         left = {one.queue for one in mine if one.length > taken.settled.get(one.queue, 0)}
         roomy = {queue for queue in left if any(is_open(one, view.now_ms) for one in nodes.get(queue_model(queue), ()))}
@@ -199,7 +213,7 @@ class Passes:
         self._stuck = (own - roomy) | (self._stuck - looked)
         # A pick that was gone has counted against its node in vain.
         void = {queue for queue in left if taken.settled.get(queue, 0) > taken.assigned.get(queue, 0)}
-        again = (roomy if moved else set()) | void | (own if self._room else self._next_pages(mine, roomy, taken))
+        again = (roomy if moved else set()) | void | (own if self._room else set())
         if again:
             self._woken |= again
             self._event.set()
@@ -207,6 +221,7 @@ class Passes:
             self.look_again_in((view.due_ms - view.now_ms) / 1000)
         if any(one.heads and not self.share.owns(one.queue) for one in view.queues):
             self.look_again_in(self._cell.settings.take_over_ms / 1000)
+        return self._next_pages(mine, roomy, taken)
 
     def _next_pages(self, mine: Sequence[QueueView], roomy: Collection[QueueName], taken: "_Taken") -> set[QueueName]:
         """The queues of which nothing could move, though a node has room: the jobs behind may be of another mind."""

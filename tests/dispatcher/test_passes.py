@@ -153,11 +153,11 @@ async def test_a_page_of_jobs_that_avoid_the_free_node_hides_no_job_behind_them(
     await submit(cell, "innocent")
     await put_at_the_end(cell, JobId("c0-innocent"))
 
-    passes = await pass_over(cell, 5)
+    passes = await pass_over(cell, 1)  # all in one: on a busy fleet the next pass begins at the front again
 
     assert [one.job_id for one in await node.take()] == ["c0-innocent"]
     assert await other.running() == 1
-    assert passes.looks <= 4
+    assert passes.looks == 2
 
 
 async def test_jobs_that_are_gone_hold_up_none_behind_them(cell: Cell) -> None:
