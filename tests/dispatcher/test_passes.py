@@ -172,6 +172,24 @@ async def test_jobs_that_are_gone_hold_up_none_behind_them(cell: Cell) -> None:
     assert [one.job_id for one in await node.take()] == ["c0-last"]
 
 
+async def test_a_nodes_hash_full_of_nonsense_costs_only_that_node(cell: Cell) -> None:
+    """Anybody may HSET: whoever looks at all nodes reads it as a node without figures."""
+    odd = await HandNode.join(cell, "odd")
+    node = await HandNode.join(cell, "a")
+    figures = ["capacity", "prefill_rate", "failure", "breaker_n", "layers", "layer_count", "epoch", "ok", "state"]
+    for number, nonsense in enumerate((b"nan", b"inf", b"-inf", b"x", b"\xff", b"9" * 400)):
+        for name in figures:
+            await cell.link.send("HSET", cell.keys.node(odd.node), name, nonsense)
+        await submit(cell, f"job{number}")
+
+        await pass_over(cell, 3)
+
+        work = await node.take()
+        assert len(work) == 1
+        await node.finish(work)
+        assert {view.node for view in await cell.nodes()} == {"a", "odd"}
+
+
 async def put_at_the_end(cell: Cell, job_id: JobId) -> None:
     """The only new job waits behind those that were handed back, as if it had been handed back after them."""
     again = queue_name(MODEL, 0)
