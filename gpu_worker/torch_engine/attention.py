@@ -13,7 +13,6 @@ import dataclasses
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from gpu_worker.torch_engine.config import BLOCK_TOKENS
 from gpu_worker.torch_engine.kv_cache import KVCache
@@ -25,36 +24,32 @@ MULTIPLES = (1, 2, 4, 8, 16)
 
 @dataclasses.dataclass(frozen=True)
 class AttentionGroup:
-    """`sequences` sequences with `per_sequence` query tokens each: rows first_row .. first_row + their product."""
+    """`sequences` sequences with `per_sequence` query tokens each."""
 
-    first_row: int
     sequences: int
     per_sequence: int
     tiles: int
+    query_rows: Tensor  # (kv_heads * sequences * tiles * rows,) flat (token, head) of each row; padding repeats one
     blocks: Tensor  # (sequences * tiles * BLOCKS_PER_TILE,) block tables, padded with the null block
-    mask: Tensor  # (sequences, tiles, per_sequence * group + padding, KV_TILE): 0 where visible, -inf elsewhere
-
-    @property
-    def rows(self) -> int:
-        return self.sequences * self.per_sequence
+    mask: Tensor  # (sequences, tiles, rows = per_sequence * group + padding, KV_TILE): 0 where visible, else -inf
 
 
-def attend(query: Tensor, cache: KVCache, layer: int, groups: tuple[AttentionGroup, ...]) -> Tensor:
-    """query: (tokens, heads, head_dim), rotated and scaled. Returns (tokens, heads * head_dim)."""
-    results = [_attend_group(query[g.first_row : g.first_row + g.rows], cache, layer, g) for g in groups]
+def attend(projected: Tensor, cache: KVCache, layer: int, groups: tuple[AttentionGroup, ...]) -> Tensor:
+    """projected: (tokens, heads + 2 kv_heads, head_dim), its queries rotated and scaled, its keys and values written.
+
+    Returns (tokens of the groups, heads * head_dim).
+    """
+    results = [_attend_group(projected, cache, layer, group) for group in groups]
     return results[0] if len(results) == 1 else torch.cat(results)
 
 
-def _attend_group(query: Tensor, cache: KVCache, layer: int, group: AttentionGroup) -> Tensor:
+def _attend_group(projected: Tensor, cache: KVCache, layer: int, group: AttentionGroup) -> Tensor:
     keys, values = cache.gather(layer, group.blocks)
     kv_heads, head_dim = keys.shape[0], keys.shape[3]
-    batch, tiles = kv_heads * group.sequences, group.tiles
+    batch, tiles, count = kv_heads * group.sequences, group.tiles, group.mask.shape[2]
     keys = keys.view(batch * tiles, KV_TILE, head_dim)
     values = values.view(batch * tiles, KV_TILE, head_dim)
-    rows = to_rows(query, kv_heads, group)  # (batch, rows, head_dim)
-    count = rows.shape[1]
-    if tiles > 1:
-        rows = rows.unsqueeze(1).expand(-1, tiles, -1, -1).reshape(batch * tiles, count, head_dim)
+    rows = projected.view(-1, head_dim).index_select(0, group.query_rows).view(batch * tiles, count, head_dim)
 
     scores = torch.bmm(rows, keys.transpose(1, 2))  # (batch * tiles, rows, KV_TILE)
     tiled = scores.view(kv_heads, group.sequences, tiles, count, KV_TILE)
@@ -62,16 +57,7 @@ def _attend_group(query: Tensor, cache: KVCache, layer: int, group: AttentionGro
     tiled.sub_(tiled.amax((2, 4), keepdim=True)).exp_()
     total = add_tiles(tiled.sum(-1))  # (kv_heads, sequences, rows)
     weighted = add_tiles(torch.bmm(scores, values).view(kv_heads, group.sequences, tiles, count, head_dim))
-    return from_rows(weighted / total.unsqueeze(-1), group, query.shape[1])
-
-
-def to_rows(query: Tensor, kv_heads: int, group: AttentionGroup) -> Tensor:
-    """(tokens, heads, head_dim) -> (kv_heads * sequences, per_sequence * heads per kv head + padding, head_dim)."""
-    _, heads, head_dim = query.shape
-    shaped = query.view(group.sequences, group.per_sequence, kv_heads, heads // kv_heads, head_dim)
-    rows = shaped.permute(2, 0, 1, 3, 4).reshape(kv_heads * group.sequences, -1, head_dim)
-    missing = group.mask.shape[2] - rows.shape[1]
-    return functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+    return from_rows(weighted.div_(total.unsqueeze(-1)), group, projected.shape[1] - 2 * kv_heads)
 
 
 def from_rows(rows: Tensor, group: AttentionGroup, heads: int) -> Tensor:

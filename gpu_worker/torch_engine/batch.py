@@ -8,6 +8,7 @@ from torch import Tensor
 from gpu_worker.torch_engine.attention import BLOCKS_PER_TILE, KV_TILE, AttentionGroup
 from gpu_worker.torch_engine.config import BLOCK_TOKENS
 from gpu_worker.torch_engine.kv_blocks import NULL_BLOCK
+from gpu_worker.torch_engine.model_config import ModelConfig
 from gpu_worker.torch_engine.scheduler import Plan, Work
 
 SPAN = 128  # query tokens of one attention group of a prefill chunk
@@ -25,7 +26,7 @@ class Batch:
     last_rows: Tensor  # (len(work),) the last row of each piece of work; sampled from if the work samples
 
 
-def build_batch(plan: Plan, *, heads_per_kv_head: int, row_multiple: int, device: torch.device) -> Batch:
+def build_batch(plan: Plan, *, config: ModelConfig, row_multiple: int, device: torch.device) -> Batch:
     """Decode rows of like length become one attention group each; of a prefill chunk every SPAN tokens are one."""
     by_tiles: dict[int, list[Work]] = {}
     for work in plan.decode:
@@ -38,8 +39,8 @@ def build_batch(plan: Plan, *, heads_per_kv_head: int, row_multiple: int, device
 
     groups, row = [], 0
     for tiles, group in members:
-        groups.append(_group(group, tiles, row, heads_per_kv_head, row_multiple, device))
-        row += groups[-1].rows
+        groups.append(_group(group, tiles, row, config, row_multiple, device))
+        row += groups[-1].sequences * groups[-1].per_sequence
     positions = [position for work in order for position in range(work.start, work.start + work.count)]
     tokens = [token for work in order for token in work.sequence.tokens[work.start : work.start + work.count]]
     slots = [
@@ -80,7 +81,7 @@ def spans(work: Work) -> list[tuple[int, int]]:
 
 
 def _group(
-    group: list[Span], tiles: int, first_row: int, heads_per_kv_head: int, row_multiple: int, device: torch.device
+    group: list[Span], tiles: int, first_row: int, config: ModelConfig, row_multiple: int, device: torch.device
 ) -> AttentionGroup:
     per_sequence = group[0][2]
     width = tiles * BLOCKS_PER_TILE
@@ -89,14 +90,30 @@ def _group(
         owned = work.sequence.blocks[:width]
         table += owned + [NULL_BLOCK] * (width - len(owned))
     starts = torch.tensor([start for _, start, _ in group], device=device)
+    mask = causal_mask(starts, per_sequence, tiles, config.group, row_multiple)
     return AttentionGroup(
-        first_row=first_row,
         sequences=len(group),
         per_sequence=per_sequence,
         tiles=tiles,
+        query_rows=query_rows(first_row, len(group), per_sequence, tiles, mask.shape[2], config, device),
         blocks=torch.tensor(table, device=device),
-        mask=causal_mask(starts, per_sequence, tiles, heads_per_kv_head, row_multiple),
+        mask=mask,
     )
+
+
+def query_rows(
+    first_row: int, sequences: int, per_sequence: int, tiles: int, rows: int, config: ModelConfig, device: torch.device
+) -> Tensor:
+    """Where each query row of a group lies in (tokens * (heads + 2 kv_heads), head_dim): once a tile, so one gather.
+
+    Row r of a key/value head is query token r // group with head r % group of those that share it.
+    """
+    row = torch.arange(rows, device=device)
+    row = torch.where(row < per_sequence * config.group, row, 0)
+    token = first_row + torch.arange(sequences, device=device)[:, None] * per_sequence + row // config.group
+    head = torch.arange(config.kv_heads, device=device)[:, None, None] * config.group + row % config.group
+    flat = token * (config.heads + 2 * config.kv_heads) + head  # (kv_heads, sequences, rows)
+    return flat.unsqueeze(2).expand(-1, -1, tiles, -1).reshape(-1)
 
 
 def causal_mask(starts: Tensor, per_sequence: int, tiles: int, heads_per_kv_head: int, row_multiple: int) -> Tensor:

@@ -78,9 +78,7 @@ class EngineCore:
         plan = self.scheduler.plan(self._prompt_budget())
         if not plan.work:
             return StepReport((), 0, 0)
-        batch = build_batch(
-            plan, heads_per_kv_head=self._decoder.config.group, row_multiple=self._row_multiple, device=self._device
-        )
+        batch = build_batch(plan, config=self._decoder.config, row_multiple=self._row_multiple, device=self._device)
         hidden = self._decoder.forward(self._decoder.embed(batch.tokens), batch, self._cache)[batch.last_rows]
         healthy, broken = self._sort_out(batch, hidden)
         for row in healthy:

@@ -17,6 +17,7 @@ from gpu_worker.engine import EngineStartError
 from gpu_worker.torch_engine.linear import LinearFactory
 from gpu_worker.torch_engine.model import LayerWeights, ModelWeights
 from gpu_worker.torch_engine.model_config import ModelConfig
+from gpu_worker.torch_engine.norm import RmsNorm
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def load_weights(
         for index in layers:
             loaded.append(_load_layer(source, config, index, factory))
             progress(len(loaded) / (len(layers) + 1))
-        norm = source.take("model.norm.weight", config.hidden) if last else None
+        norm = RmsNorm(source.take("model.norm.weight", config.hidden), config.norm_eps) if last else None
         head = None
         if last:
             tied = config.tied_head
@@ -125,16 +126,19 @@ def _load_layer(source: TensorSource, config: ModelConfig, index: int, factory: 
         )
         return factory.build(weight, torch.cat(bias) if bias else None)
 
-    def head_norm(name: str) -> Tensor | None:
-        return source.take(f"{prefix}self_attn.{name}.weight", config.head_dim) if config.qk_norm else None
+    def norm(name: str, width: int) -> RmsNorm:
+        return RmsNorm(source.take(f"{prefix}{name}.weight", width), config.norm_eps)
+
+    def head_norm(name: str) -> RmsNorm | None:
+        return norm(f"self_attn.{name}", config.head_dim) if config.qk_norm else None
 
     return LayerWeights(
-        attention_norm=source.take(f"{prefix}input_layernorm.weight", hidden),
+        attention_norm=norm("input_layernorm", hidden),
         qkv=fused([f"self_attn.{name}_proj" for name in "qkv"], [queries, keys, keys], hidden, config.qkv_bias),
         query_norm=head_norm("q_norm"),
         key_norm=head_norm("k_norm"),
         output=fused(["self_attn.o_proj"], [hidden], queries, config.output_bias),
-        mlp_norm=source.take(f"{prefix}post_attention_layernorm.weight", hidden),
+        mlp_norm=norm("post_attention_layernorm", hidden),
         gate_up=fused(["mlp.gate_proj", "mlp.up_proj"], [middle, middle], hidden, config.mlp_bias),
         down=fused(["mlp.down_proj"], [hidden], middle, config.mlp_bias),
     )

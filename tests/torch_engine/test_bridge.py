@@ -130,7 +130,7 @@ async def test_a_crash_of_the_step_thread_reaches_the_reader(model_dir: Path, ca
 
     def without_its_end(config: TorchEngineConfig) -> Assembled:
         whole = assemble(config)
-        whole.core._cache.keys.pop()
+        whole.core._cache.layers.pop()
         return whole
 
     engine = TorchEngine(engine_config(model_dir), assemble=without_its_end)

@@ -68,7 +68,7 @@ def chunked_logits(directory: Path, tokens: list[int], chunk: int) -> Tensor:
     rows: list[Tensor] = []
     while sum(part.shape[0] for part in rows) < len(tokens):
         plan = scheduler.plan()
-        batch = build_batch(plan, heads_per_kv_head=config.group, row_multiple=4, device=CPU)
+        batch = build_batch(plan, config=config, row_multiple=4, device=CPU)
         rows.append(decoder.logits(decoder.forward(decoder.embed(batch.tokens), batch, cache)))
         scheduler.computed(plan.work[0])
     return torch.cat(rows)
@@ -105,7 +105,7 @@ def test_ranges_of_layers_give_the_same_bits_as_the_whole(model_dir: Path) -> No
     scheduler.add(sequence(tokens))
 
     with torch.inference_mode():
-        batch = build_batch(scheduler.plan(), heads_per_kv_head=parts[0][0].group, row_multiple=4, device=CPU)
+        batch = build_batch(scheduler.plan(), config=parts[0][0], row_multiple=4, device=CPU)
         hidden = parts[0][1].embed(batch.tokens)
         for _, decoder, cache in parts:
             hidden = decoder.forward(hidden, batch, cache)
@@ -126,13 +126,15 @@ def test_decode_rows_of_different_lengths_attend_like_the_reference(lengths: lis
         one.blocks = pool.take(pool.blocks_for(length))
         keys, values = torch.randn(2, length, config.kv_heads, config.head_dim, generator=generator)
         slots = torch.tensor([one.blocks[p // BLOCK_TOKENS] * BLOCK_TOKENS + p % BLOCK_TOKENS for p in range(length)])
-        cache.write(0, slots, keys, values)
+        cache.write(0, slots, torch.cat([keys, values], dim=1))
         works.append(Work(one, length - 1, 1))
         contents.append((length, keys, values))
-    batch = build_batch(Plan(tuple(works)), heads_per_kv_head=config.group, row_multiple=4, device=CPU)
+    batch = build_batch(Plan(tuple(works)), config=config, row_multiple=4, device=CPU)
     query = torch.randn(len(lengths), config.heads, config.head_dim, generator=generator)
 
-    found = attend(query, cache, 0, batch.groups)
+    projected = torch.cat([query, torch.zeros(len(lengths), 2 * config.kv_heads, config.head_dim)], dim=1)
+
+    found = attend(projected, cache, 0, batch.groups)
 
     for row, work in enumerate(batch.work):
         length, keys, values = contents[works.index(work)]
