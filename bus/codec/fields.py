@@ -114,10 +114,6 @@ def is_digest(word: str) -> bool:
     return _is_digest(word) is not None
 
 
-def is_job_id(word: str) -> bool:
-    return _is_job_id(word) is not None
-
-
 @lru_cache(NAMES_KEPT)
 def is_queue_name(word: str) -> bool:
     """Whether a queue can have this name: "<model>:<priority>"."""
