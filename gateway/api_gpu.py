@@ -20,7 +20,7 @@ from bus.cell import Cell
 from bus.codec.events import HttpBeat, NodeBye, NodeRegistered
 from bus.codec.wire import LockBusy, NodeView
 from bus.ids import ModelName, NodeId, cell_of_model
-from gateway.auth import limit_address, require
+from gateway.auth import limit_status, require
 from gateway.body import read_json, read_object
 from gateway.errors import ApiError
 from gateway.nodes_wire import status_object
@@ -43,7 +43,7 @@ class Known:
 
 async def status(request: web.Request) -> web.Response:
     """GET /api/gpu/status: all registered nodes, read after the request came in; limited per client address."""
-    await limit_address(request, "status")
+    await limit_status(request)
     gateway = request.app[GATEWAY]
     fleet = await gateway.fleet.read()
     return json_response(status_object(fleet.nodes, fleet.now_ms, gateway.settings.layers_total))

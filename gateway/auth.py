@@ -21,13 +21,20 @@ async def require(request: web.Request, scope: str) -> KeyRecord:
     return record
 
 
-async def limit_address(request: web.Request, what: str = "ip") -> str:
-    """The rate limit of open routes, per client address and true across gateways. Raises ApiError 429.
+async def limit_address(request: web.Request) -> str:
+    """The rate limit of open chats, per client address and true across gateways. Answers the address.
 
-    what: requests of different kinds have an allowance each: who polls the status may chat all the same.
-    Answers the address."""
+    Raises ApiError 429."""
+    return await _limit_address(request, "ip", request.app[GATEWAY].settings.open_rate_per_minute)
+
+
+async def limit_status(request: web.Request) -> None:
+    """The status has an allowance of its own, so that a page that polls it eats no chats. Raises ApiError 429."""
+    await _limit_address(request, "status", request.app[GATEWAY].settings.status_rate_per_minute)
+
+
+async def _limit_address(request: web.Request, what: str, most: int) -> str:
     gateway = request.app[GATEWAY]
-    most = gateway.settings.open_rate_per_minute
     forwarded = request.headers.get("X-Forwarded-For")
     address = client_address(request.remote, forwarded, trust_forwarded=gateway.settings.trust_forwarded)
     if most:

@@ -117,7 +117,7 @@ async def test_the_commands_of_the_readme_give_what_they_promise(up: UpProcess, 
         assert "Paris" in answer["response"]
 
         # Without beats the node turns inactive after 30 s, and is still counted.
-        await wait_until(lambda: walk.is_inactive("test-node"), timeout_s=NODE_TTL_S + 10, step_s=1.0)
+        await wait_until(lambda: walk.is_inactive("test-node"), timeout_s=NODE_TTL_S + 10, step_s=0.25)
         silent_s = time.monotonic() - beaten_at
         assert NODE_TTL_S - 2 < silent_s < NODE_TTL_S + 5
         for base in (0, 1):

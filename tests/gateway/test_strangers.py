@@ -55,7 +55,7 @@ async def test_the_events_of_a_job_cannot_be_asked_for_with_head(served: Served)
 
 
 async def test_the_open_status_is_limited_apart_from_chats(settings: Settings) -> None:
-    async with serve(settings.changed(open_rate_per_minute=15)) as one:
+    async with serve(settings.changed(open_rate_per_minute=15, status_rate_per_minute=15)) as one:
         answers = [(await one.call("GET", "/api/gpu/status", headers={}))[0] for _ in range(16)]
         chat_status, _, _ = await one.call("POST", "/api/chat/gpu", {"prompt": "x"}, headers={})
 
