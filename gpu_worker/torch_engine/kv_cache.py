@@ -6,6 +6,8 @@ gives them, so both are one write and one gather. Heads first, so that the block
 Block 0 is the null block and stays zero.
 """
 
+import math
+
 import numpy
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ class KVCache:
     ) -> None:
         shape = (2 * config.kv_heads, blocks + 1, BLOCK_TOKENS, config.head_dim)
         self.layers = [_zeros(shape, device, dtype) for _ in layers]
+        self._gathered = torch.empty(0, device=device, dtype=dtype)
 
     def write(self, layer: int, slots: Tensor, keys_values: Tensor) -> None:
         """keys_values: (tokens, 2 kv_heads, head_dim). slots: (tokens,) = block * BLOCK_TOKENS + place in the block."""
@@ -27,9 +30,17 @@ class KVCache:
         cache.view(cache.shape[0], -1, cache.shape[3]).index_copy_(1, slots, keys_values.transpose(0, 1))
 
     def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """blocks: (count,). Returns keys and values, each (kv_heads, count, BLOCK_TOKENS, head_dim), contiguous."""
-        keys, values = self.layers[layer].index_select(1, blocks).chunk(2)
-        return keys, values
+        """blocks: (count,). Returns keys and values, each (kv_heads, count, BLOCK_TOKENS, head_dim), contiguous.
+
+        They lie in one buffer, which the next gather overwrites: megabytes that stay in the CPU's cache between layers.
+        """
+        cache = self.layers[layer]
+        shape = (cache.shape[0], blocks.shape[0], *cache.shape[2:])
+        if self._gathered.numel() < math.prod(shape):
+            self._gathered = torch.empty(math.prod(shape), dtype=cache.dtype, device=cache.device)
+        gathered = self._gathered[: math.prod(shape)].view(shape)
+        torch.index_select(cache, 1, blocks, out=gathered)
+        return gathered[: shape[0] // 2], gathered[shape[0] // 2 :]
 
     def clear(self, blocks: list[int]) -> None:
         """Back to zero: a masked key has weight 0, but 0 times a value that is not finite would reach the next."""

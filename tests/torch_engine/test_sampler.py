@@ -60,8 +60,8 @@ def test_a_flat_distribution_over_many_tokens_reaches_all_of_them() -> None:
     """More than the candidates that are looked at first."""
     wide = torch.zeros(CANDIDATES * 2)
 
-    found = frequencies(choice(), wide)
-    with_top_p = frequencies(choice(top_p=0.9), wide)
+    found = frequencies(choice(), wide, draws=1200)
+    with_top_p = frequencies(choice(top_p=0.9), wide, draws=600)
 
     assert len(found) > CANDIDATES * 1.9
     assert CANDIDATES * 1.5 < len(with_top_p) <= math.ceil(CANDIDATES * 2 * 0.9)
