@@ -177,7 +177,7 @@ end
 
 -- The indexes of new jobs, and one wake for all; that of a lone job carries its queue entry, so that a dispatcher that knows
 -- the nodes need not look.
-local function announce(was_empty, last)
+local function announce(last)
   if #deadlines == 0 then
     return
   end
@@ -186,9 +186,8 @@ local function announce(was_empty, last)
     try('SADD', key, unpack(set))
     keep(key, set.ttl)
   end
-  if was_empty then
-    call('SADD', queues_key, queue)
-  end
+  -- Always: the queue may have had foreign entries only, and what is not listed is found by nobody once its wake is gone.
+  call('SADD', queues_key, queue)
   if #deadlines == 2 then
     call('XADD', wake_key, 'MAXLEN', '~', 1000, '*', 'queue', queue, 'job', last.id, 'entry', last.entry, 'fence', last.fence,
       'out', out_of(last.route), 'est_prompt', last.est_prompt, 'est_new', last.est_new, 'deadline', last.deadline)

@@ -56,5 +56,5 @@ if why then
 end
 take_away()
 local answer = create(j)
-announce(length == 0, j)
+announce(j)
 return answer

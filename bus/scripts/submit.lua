@@ -30,5 +30,5 @@ for k = 1, tonumber(ARGV[7]) do
   end
   answers[k] = answer
 end
-announce(length == 0, last)
+announce(last)
 return answers

@@ -200,3 +200,14 @@ async def test_a_reply_stream_of_another_type_is_refused(world: World):
 async def test_unknown_jobs_are_unknown(world: World):
     assert await world.cell.job(JobId("c0-none")) is None
     assert not isinstance(await world.cell.cancel(JobId("c0-none"), "me"), Refused)
+
+
+async def test_a_queue_that_held_foreign_entries_first_is_listed_with_its_first_job(world: World):
+    """A look at everything reads the listed queues; elsewhere a job would wait for its deadline once its wake is gone."""
+    await world.node()
+    await world.link.send("XADD", world.cell.keys.queue(queue_name("m", 1)), "*", "hello", "world")
+
+    job_id = await world.submit()
+
+    (view,) = (await world.cell.look()).queues
+    assert [head.job_id for head in view.heads] == [job_id]
