@@ -203,7 +203,7 @@ async def test_unknown_jobs_are_unknown(world: World):
 
 
 async def test_a_queue_that_held_foreign_entries_first_is_listed_with_its_first_job(world: World):
-    """A look at everything reads the listed queues; elsewhere a job would wait for its deadline once its wake is gone."""
+    """A look at everything reads listed queues: elsewhere a job would wait for its deadline, once its wake is gone."""
     await world.node()
     await world.link.send("XADD", world.cell.keys.queue(queue_name("m", 1)), "*", "hello", "world")
 
