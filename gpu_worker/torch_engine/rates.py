@@ -3,9 +3,9 @@
 import dataclasses
 
 WEIGHT = 0.1  # of the newest step in the moving averages
-CHUNK_LEAST = 32  # fewer rows would read all weights for hardly anything
+CHUNK_LEAST = 8  # fewer rows cost about as much as these
 CHUNK_S = 0.5  # a longer chunk computes no faster, and whoever could be answered in between would wait for it
-CHUNK_TELLING = 64  # shorter chunks say less about the prefill rate
+CHUNK_TELLING = 16  # shorter chunks say less about the prefill rate
 
 
 @dataclasses.dataclass

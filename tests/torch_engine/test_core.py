@@ -228,7 +228,7 @@ def test_prompts_take_small_chunks_while_answers_run() -> None:
     assert prompt_budget(rates, chunk_max=64, answering=1, arriving=1) == 64
     assert prompt_budget(Rates(), chunk_max=512, answering=1, arriving=1) == 512
     slow = Rates(prefill_rate=10.0, decode_step_s=0.01, decode_rows=1)
-    assert prompt_budget(slow, chunk_max=512, answering=1, arriving=1) == 32
+    assert prompt_budget(slow, chunk_max=512, answering=1, arriving=1) == 8
 
 
 def test_a_burst_of_prompts_goes_before_the_few_that_already_answer() -> None:
