@@ -20,6 +20,7 @@ from tests.conftest import wait_until
 from tests.harness.fleet import Fleet
 from tests.harness.servers import ValkeyServer, free_port
 
+pytestmark = pytest.mark.slow  # a fleet for each kind of nonsense
 CELL = "millrace:{c0}:"
 NODE = "echo-1"
 ABSURD: list[str | bytes] = [
