@@ -17,7 +17,7 @@ from gpu_worker.relay_engine.call import RelayLimits
 from gpu_worker.relay_engine.engine import RelayEngine, RelayNode
 from tests.harness.fake_openai import FakeNode, Knobs, answer_text
 
-LIMITS = RelayLimits(connect_s=0.5, first_byte_s=0.5, idle_s=0.3, total_s=5.0)
+LIMITS = RelayLimits(connect_s=0.5, first_byte_s=0.8, idle_s=0.6, total_s=5.0)
 PROMPT = "Tell me about mills"
 
 
