@@ -121,9 +121,7 @@ class NodeCalls(CellBase):
             calls.append(self._call(apply_script(event), keys, apply_args(entry_id, event, self.settings)))
         answers = await asyncio.gather(*calls)
         ids = [entry_id for entry_id, _ in events]
-        acked = self.link.send("XACK", self.keys.nodes, REGISTRY_GROUP, *ids)
-        await self.link.send("XDEL", self.keys.nodes, *ids)
-        await acked
+        await self._call("settle", [self.keys.nodes], [REGISTRY_GROUP, *ids])
         return [Applied(answer.decode()) for answer in answers]
 
     async def remove_node(self, node: NodeId) -> Applied:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bus.link import Entry, Link, LinkError, Reader, ServerError, to_entry
+from bus.scripts import load_script
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +59,7 @@ class GroupReader:
     async def done(self, entry_ids: Sequence[str]) -> None:
         """Acknowledge and delete: called after the effect. Raises LinkDown; the entries then come again."""
         if entry_ids:
-            acked = self._link.send("XACK", self.stream, self.group, *entry_ids)
-            deleted = self._link.send("XDEL", self.stream, *entry_ids)
-            await asyncio.gather(acked, deleted)
+            await self._link.script(load_script("settle"), [self.stream], [self.group, *entry_ids])
 
     def failed(self) -> None:
         """What was handed out could not be handled: the next batches are this consumer's pending entries."""
