@@ -39,7 +39,7 @@ def _account(request: web.Request, rid: str, status: int, seconds: float) -> Non
     resource = request.match_info.route.resource
     route = resource.canonical if resource is not None else "unknown"
     request.app[GATEWAY].metrics.requests.labels(request.method, route, f"{status // 100}xx").inc()
-    told = CHAT_LOGGED in request or (route in QUIET_ROUTES and status < 500)
+    told = CHAT_LOGGED in request or (route in QUIET_ROUTES and (status < 500 or status == 503))  # probes ask on
     level = logging.DEBUG if told else logging.INFO
     fields = {
         "request": rid,
