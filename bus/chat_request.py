@@ -113,7 +113,7 @@ def _assemble(
 ) -> ParsedRequest:
     options = fields.get("stream_options")
     if options is not None and not isinstance(options, dict):
-        raise BadRequest("stream_options", f"stream_options must be an object, not {_kind(options)}", "invalid_type")
+        raise BadRequest("stream_options", f"stream_options must be an object, not {kind_of(options)}", "invalid_type")
     job = ChatJob(
         model=_model(fields, default_model),
         messages=messages,
@@ -139,7 +139,7 @@ def _read_object(body: bytes) -> Mapping[str, Any]:
     except orjson.JSONDecodeError as error:
         raise BadRequest(None, f"the body is not valid JSON: {error}", "invalid_json") from error
     if not isinstance(fields, dict):
-        raise BadRequest(None, f"the body must be a JSON object, not {_kind(fields)}", "invalid_json")
+        raise BadRequest(None, f"the body must be a JSON object, not {kind_of(fields)}", "invalid_json")
     return fields
 
 
@@ -151,7 +151,7 @@ def _messages(fields: Mapping[str, Any]) -> tuple[Message, ...]:
     if raw is None:
         raise BadRequest("messages", "messages is required", "missing_required_parameter")
     if not isinstance(raw, list):
-        raise BadRequest("messages", f"messages must be a list, not {_kind(raw)}", "invalid_type")
+        raise BadRequest("messages", f"messages must be a list, not {kind_of(raw)}", "invalid_type")
     if not raw:
         raise BadRequest("messages", "messages must not be empty")
     if len(raw) > MESSAGES_MAX:
@@ -161,7 +161,7 @@ def _messages(fields: Mapping[str, Any]) -> tuple[Message, ...]:
 
 def _message(raw: Any, at: str) -> Message:
     if not isinstance(raw, dict):
-        raise BadRequest(at, f"{at} must be an object, not {_kind(raw)}", "invalid_type")
+        raise BadRequest(at, f"{at} must be an object, not {kind_of(raw)}", "invalid_type")
     role = _text(raw.get("role"), f"{at}.role", required=True)
     if role not in ROLES:
         raise BadRequest(f"{at}.role", f"{at}.role must be one of {', '.join(ROLES)}")
@@ -182,12 +182,12 @@ def _content(raw: Mapping[str, Any], role: str, at: str, message_at: str) -> str
         if len(content) > PARTS_MAX:
             raise BadRequest(at, f"{at} has {len(content)} parts, the limit is {PARTS_MAX}", "too_large")
         return "".join(_part(part, f"{at}[{index}]") for index, part in enumerate(content))
-    raise BadRequest(at, f"{at} must be a string or a list of parts, not {_kind(content)}", "invalid_type")
+    raise BadRequest(at, f"{at} must be a string or a list of parts, not {kind_of(content)}", "invalid_type")
 
 
 def _part(part: Any, at: str) -> str:
     if not isinstance(part, dict):
-        raise BadRequest(at, f"{at} must be an object, not {_kind(part)}", "invalid_type")
+        raise BadRequest(at, f"{at} must be an object, not {kind_of(part)}", "invalid_type")
     kind = _text(part.get("type"), f"{at}.type", required=True)
     if kind in ("text", "refusal"):
         return _text(part.get(kind), f"{at}.{kind}", required=True) or ""
@@ -348,7 +348,8 @@ def _refuse_unsupported(fields: Mapping[str, Any], neutral: Mapping[str, Neutral
 _CONTROL = re.compile(r"[^\x20-\x7e]")
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: object) -> str:
+    """What a JSON value is, in the words of an error message."""
     match value:
         case None:
             return "null"
@@ -381,7 +382,7 @@ def _text(value: Any, at: str, *, required: bool = False, chars_max: int | None 
             raise BadRequest(at, f"{at} is required", "missing_required_parameter")
         return None
     if not isinstance(value, str):
-        raise BadRequest(at, f"{at} must be a string, not {_kind(value)}", "invalid_type")
+        raise BadRequest(at, f"{at} must be a string, not {kind_of(value)}", "invalid_type")
     if chars_max is not None and len(value) > chars_max:
         raise BadRequest(at, f"{at} is longer than {chars_max} characters", "too_large")
     return _clean(value, at)
@@ -391,7 +392,7 @@ def _flag(value: Any, at: str) -> bool:
     if value is None:
         return False
     if not isinstance(value, bool):
-        raise BadRequest(at, f"{at} must be a boolean, not {_kind(value)}", "invalid_type")
+        raise BadRequest(at, f"{at} must be a boolean, not {kind_of(value)}", "invalid_type")
     return value
 
 
@@ -402,7 +403,7 @@ def _integer(value: Any, at: str, least: int, most: int) -> int | None:
         # The decoder turns integers beyond 64 bits into floats: they are out of range, not of the wrong type.
         if isinstance(value, float) and value.is_integer() and not least <= value <= most:
             raise BadRequest(at, f"{at} must be between {least} and {most}")
-        what = "a number with a fraction or exponent" if isinstance(value, float) else _kind(value)
+        what = "a number with a fraction or exponent" if isinstance(value, float) else kind_of(value)
         raise BadRequest(at, f"{at} must be an integer, not {what}", "invalid_type")
     if not least <= value <= most:
         raise BadRequest(at, f"{at} must be between {least} and {most}")
@@ -413,7 +414,7 @@ def _number(value: Any, at: str, least: float, most: float) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise BadRequest(at, f"{at} must be a number, not {_kind(value)}", "invalid_type")
+        raise BadRequest(at, f"{at} must be a number, not {kind_of(value)}", "invalid_type")
     if not least <= value <= most:
         raise BadRequest(at, f"{at} must be between {least:g} and {most:g}")
     return float(value)

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import orjson
 
+from bus.chat_request import kind_of
 from gateway.errors import ApiError
 
 SHOWN_MAX: Final = 40  # of a bad value, in an error message
@@ -30,22 +31,6 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ApiError("invalid_request", f"the request body must be a JSON object, not {kind_of(value)}")
     return value
-
-
-def kind_of(value: object) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "a boolean"
-        case int() | float():
-            return "a number"
-        case str():
-            return "a string"
-        case list():
-            return "a list"
-        case _:
-            return "an object"
 
 
 def invalid(field: str, must: str, value: object = None) -> ApiError:

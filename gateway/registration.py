@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from bus.chat_request import kind_of
 from bus.ids import ModelName, NodeId, is_model_name, is_node_id
 from gateway.errors import ApiError
-from gateway.fields import Fields, invalid, kind_of, missing
+from gateway.fields import Fields, invalid, missing
 
 API_URL_LENGTH_MAX: Final = 2048
 LAYER_MAX: Final = 9_999
