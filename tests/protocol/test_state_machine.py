@@ -288,7 +288,7 @@ def test_random_interleavings_keep_the_invariants(server: ValkeyServer, cell: in
 @pytest.mark.parametrize("cell", [0, 2], ids=["P=1", "P=3"])
 def test_long_random_interleavings_keep_the_invariants(server: ValkeyServer, cell: int):
     run_state_machine_as_test(
-        machine_on(server, cell), settings=settings(max_examples=250, stateful_step_count=120, **COMMON)
+        machine_on(server, cell), settings=settings(max_examples=100, stateful_step_count=120, **COMMON)
     )
 
 
