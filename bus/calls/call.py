@@ -17,8 +17,9 @@ There is one Call per job id, however many wait for it. `where` says where its n
 import asyncio
 from typing import Literal, Protocol
 
-from bus.calls.following import Following
-from bus.codec.wire import Policy, Route, Submission
+from bus.calls.following import Ended, Following
+from bus.codec.entries import End
+from bus.codec.wire import JobRecord, Policy, Route, Submission
 from bus.ids import GatewayId, JobId
 
 Where = Literal["asking", "here", "elsewhere", "stored"]
@@ -148,3 +149,19 @@ def after_loss(call: Call, now: float, *, wait_s: float) -> AfterLoss:
     if call.missing_at is None or now - call.missing_at < wait_s:
         return "wait"
     return "redrive" if call.submission is not None else "give up"
+
+
+def to_ended(terminal: End | JobRecord) -> Ended:
+    """How a job ended, as its out-stream or its stored record says."""
+    failed = terminal.reason == "error" and terminal.error_code
+    return Ended(
+        state=terminal.state,
+        reason=terminal.error_code if failed else terminal.reason,
+        prompt_tokens=terminal.prompt_tokens,
+        new_tokens=terminal.new_tokens,
+        node=terminal.node,
+        error_code=terminal.error_code,
+        error_message=terminal.error_message,
+        retry_after_ms=terminal.retry_after_ms if isinstance(terminal, End) else 0,
+        attempts=int(terminal.fence.partition(".")[0] or 0),
+    )

@@ -8,8 +8,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 
-from bus.calls.call import Call
-from bus.calls.following import Ended
+from bus.calls.call import Call, to_ended
 from bus.calls.watch import CallWatch
 from bus.cell import Cell
 from bus.codec.entries import Answer, Detached, End, Frame, Marker, OutEntry, parse_out
@@ -122,18 +121,3 @@ def read_count(waiting: int) -> int:
     in flight benchmarks/bus.py gives 5,000 jobs/s instead of 3,500.
     """
     return min(READ_MAX, max(READ_MIN, waiting // 4))
-
-
-def to_ended(end: End) -> Ended:
-    reason = end.error_code if end.reason == "error" and end.error_code else end.reason
-    return Ended(
-        state=end.state,
-        reason=reason,
-        prompt_tokens=end.prompt_tokens,
-        new_tokens=end.new_tokens,
-        node=end.node,
-        error_code=end.error_code,
-        error_message=end.error_message,
-        retry_after_ms=end.retry_after_ms,
-        attempts=int(end.fence.partition(".")[0] or 0),
-    )

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from bus.calls.call import Call, Errand, after_loss, next_step, where_of
+from bus.calls.call import Call, Errand, after_loss, next_step, to_ended, where_of
 from bus.calls.following import Ended, Hole, interrupted
 from bus.cell import Cell
 from bus.codec.wire import Accepted, JobRecord, NotYours, Refused, Submission, attempt_of
@@ -213,9 +213,9 @@ class CallWatch:
         following = call.following
         text = None if following.streamed and following.text else await cell.text(call.job_id, record.fence)
         if not following.streamed:
-            following.end(record.fence, record.text_len, ended_of(record), text)
+            following.end(record.fence, record.text_len, to_ended(record), text)
             return
-        following.end(record.fence, record.text_len, ended_of(record), None)
+        following.end(record.fence, record.text_len, to_ended(record), None)
         hole = following.hole()
         if text is not None and hole is not None and hole.start == 0:
             following.filled(hole, text)
@@ -362,17 +362,3 @@ class CallWatch:
         self._work.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("watching a job failed", exc_info=error)
-
-
-def ended_of(record: JobRecord) -> Ended:
-    reason = record.error_code if record.reason == "error" and record.error_code else record.reason
-    return Ended(
-        state=record.state,
-        reason=reason,
-        prompt_tokens=record.prompt_tokens,
-        new_tokens=record.new_tokens,
-        node=record.node,
-        error_code=record.error_code,
-        error_message=record.error_message,
-        attempts=attempt_of(record.fence),
-    )
