@@ -1,15 +1,77 @@
 """The shape of a Llama-family decoder, parsed from config.json. Pure.
 
-To add a family: its architecture name in `ARCHITECTURES`, what it does differently as a field here, a line in model.py.
+To add a family: its architecture name in `FAMILIES`, what it does differently as a field there and here, a line in
+model.py. What we do not compute is refused by name, and what we do not know is said: a field that changes numbers and
+is silently left out gives a model that answers, and answers badly.
 """
 
 import dataclasses
-import math
-from typing import Any
+import logging
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from gpu_worker.engine import EngineStartError
+from gpu_worker.torch_engine.rope_scaling import Rope, parse_rope
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """What an architecture does whatever its config says, and which fields of the config it heeds."""
+
+    qkv_bias: bool = False
+    biases: tuple[str, ...] = ()  # fields that turn biases on
+    qk_norm: bool = False  # RMS norm of each query and key head before the rotation
+    head_dim: int | None = None  # if the config has none; else hidden / heads
+    window: Literal["never", "always", "if asked"] = "never"  # whether it heeds sliding_window; asked: a field says so
+
+
+FAMILIES = {
+    "LlamaForCausalLM": Family(biases=("attention_bias", "mlp_bias")),
+    "MistralForCausalLM": Family(window="always"),
+    "Qwen2ForCausalLM": Family(qkv_bias=True, window="if asked"),
+    "Qwen3ForCausalLM": Family(biases=("attention_bias",), qk_norm=True, head_dim=128, window="if asked"),
+}
+WINDOW = 4096  # sliding_window if the config has none
+WINDOW_LAYERS = 28  # max_window_layers likewise
+
+USED = {
+    *("architectures", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers"),
+    *("intermediate_size", "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling"),
+    *("rope_parameters", "partial_rotary_factor", "original_max_position_embeddings", "tie_word_embeddings"),
+    *("attention_bias", "mlp_bias", "hidden_act", "sliding_window", "use_sliding_window", "max_window_layers"),
+    *("layer_types", "bos_token_id", "eos_token_id", "pad_token_id", "model_type"),
+}
+# Published with these families, and without effect on what the model computes.
+INERT = {
+    *("torch_dtype", "dtype", "transformers_version", "use_cache", "initializer_range", "pretraining_tp", "auto_map"),
+    *("attention_dropout", "hidden_dropout", "_name_or_path", "is_llama_config"),
+    *(
+        "task_specific_params",
+        "transformers.js_config",
+        "unsloth_version",
+        "unsloth_fixed",
+        "output_attentions",
+        "output_hidden_states",
+    ),
+    *("return_dict", "chunk_size_feed_forward", "id2label", "label2id", "attn_implementation", "_attn_implementation"),
+    *(
+        "num_logits_to_keep",
+        "problem_type",
+        "tokenizer_class",
+        "license",
+        "max_length",
+        "temperature",
+        "top_p",
+        "top_k",
+    ),
+}
+# Parts of the names by which published configs turn on what none of these families computes.
+CHANGES_NUMBERS = (
+    *("multiplier", "scal", "softcap", "soft_cap", "clip", "norm", "expert", "moe", "sink", "alibi", "rope", "rotary"),
+    *("bias", "residual", "quantization", "window", "attention_chunk", "position", "shared", "cross_layer", "lora"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,13 +85,12 @@ class ModelConfig:
     vocabulary: int
     context: int
     norm_eps: float
-    rope_theta: float
-    rope_scaling: dict[str, Any]
+    rope: Rope
     tied_head: bool
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False  # Qwen3: RMS norm of each query and key head before the rotation
+    qk_norm: bool = False
 
     @property
     def group(self) -> int:
@@ -44,68 +105,91 @@ class ModelConfig:
 def parse_config(raw: dict[str, Any]) -> ModelConfig:
     """Raises EngineStartError on an architecture or a feature that we do not compute."""
     architecture = (raw.get("architectures") or ["?"])[0]
-    if architecture not in ARCHITECTURES:
-        raise EngineStartError(f"architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    if architecture not in FAMILIES:
+        raise EngineStartError(f"architecture {architecture} is not supported; supported: {', '.join(FAMILIES)}")
     try:
-        return _parse(raw, architecture)
-    except (KeyError, TypeError, ValueError) as error:
-        raise EngineStartError(f"config.json: missing or bad field: {error}") from error
+        return _parse(raw, FAMILIES[architecture])
+    except KeyError as error:
+        raise EngineStartError(f"config.json: missing field: {error}") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise EngineStartError(f"config.json: bad field: {error}") from error
 
 
-def _parse(raw: dict[str, Any], architecture: str) -> ModelConfig:
-    if raw.get("hidden_act", "silu") != "silu":
-        raise EngineStartError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported, only silu")
-    heads = int(raw["num_attention_heads"])
-    hidden = int(raw["hidden_size"])
-    context = int(raw["max_position_embeddings"])
-    window = raw.get("sliding_window") if raw.get("use_sliding_window", architecture.startswith("Mistral")) else None
-    rope = raw.get("rope_parameters") or {}  # where transformers 5 keeps what rope_theta and rope_scaling were
-    bias = bool(raw.get("attention_bias", False))
+def _parse(raw: dict[str, Any], family: Family) -> ModelConfig:
+    _check_fields(raw)
+    heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
+    kv_heads = int(raw.get("num_key_value_heads") or heads)
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads")
+    head_dim = int(raw.get("head_dim") or family.head_dim or hidden // heads)
+    rope = parse_rope(raw, head_dim)
+    attention_bias = "attention_bias" in family.biases and bool(raw.get("attention_bias"))
     return ModelConfig(
         layers=int(raw["num_hidden_layers"]),
         hidden=hidden,
         heads=heads,
-        kv_heads=int(raw.get("num_key_value_heads") or heads),
-        head_dim=int(raw.get("head_dim") or hidden // heads),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         intermediate=int(raw["intermediate_size"]),
         vocabulary=int(raw["vocab_size"]),
-        context=min(context, int(window)) if window else context,  # inside the window, all attention is full attention
+        context=_context(raw, family, rope.context),
         norm_eps=float(raw["rms_norm_eps"]),
-        rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
-        rope_scaling=dict(raw.get("rope_scaling") or rope),
+        rope=rope,
         tied_head=bool(raw.get("tie_word_embeddings", False)),
-        qkv_bias=bias or architecture == "Qwen2ForCausalLM",
-        output_bias=bias and architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM"),
-        mlp_bias=bool(raw.get("mlp_bias", False)),
-        qk_norm=architecture == "Qwen3ForCausalLM",
+        qkv_bias=attention_bias or family.qkv_bias,
+        output_bias=attention_bias,
+        mlp_bias="mlp_bias" in family.biases and bool(raw.get("mlp_bias")),
+        qk_norm=family.qk_norm,
     )
 
 
+def _check_fields(raw: Mapping[str, Any]) -> None:
+    """Refuses by name what would change numbers; other unknown fields are said once."""
+    if raw.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
+        raise EngineStartError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported, only silu")
+    unknown = sorted(name for name, value in raw.items() if name not in USED | INERT and not _is_off(value))
+    for name in unknown:
+        if any(part in name for part in CHANGES_NUMBERS):
+            raise EngineStartError(f"config.json: {name} = {str(raw[name])[:80]} is not supported")
+    if unknown:
+        log.warning("config.json has fields that we do not know", extra={"fields": ", ".join(unknown)})
+
+
+def _is_off(value: Any) -> bool:
+    """Empty, false, zero, and the factor that changes nothing."""
+    return value in (None, "", [], {}) or value is False or (value in (0, 1) and not isinstance(value, bool))
+
+
+def _context(raw: Mapping[str, Any], family: Family, most: int) -> int:
+    """Tokens of a sequence at most. Inside its sliding window all attention is full attention; beyond it we would be
+    wrong, so there the context ends."""
+    window = _window(raw, family)
+    if most < int(raw["max_position_embeddings"]):
+        log.warning("context ends at the length that RoPE was trained with", extra={"context": most})
+    if window is None or window >= most:
+        return most
+    log.warning("context ends at the sliding window", extra={"context": window, "model_context": most})
+    return window
+
+
+def _window(raw: Mapping[str, Any], family: Family) -> int | None:
+    """Of the layers that have one; None if all see everything."""
+    kinds = set(raw.get("layer_types") or ())
+    strange = sorted(kinds - {"full_attention", "sliding_attention"})
+    if strange:
+        raise EngineStartError(f"config.json: layer type {strange[0]!r} is not supported")
+    sliding = "sliding_attention" in kinds
+    if family.window == "never":
+        if sliding:
+            raise EngineStartError("config.json: this architecture has no layers of type 'sliding_attention'")
+        return None
+    window = raw.get("sliding_window", WINDOW)
+    if family.window == "if asked" and not sliding:
+        some_slide = int(raw.get("max_window_layers", WINDOW_LAYERS)) < int(raw["num_hidden_layers"])
+        if kinds or not raw.get("use_sliding_window") or not some_slide:
+            return None
+    return None if window is None else int(window)
+
+
 def rope_frequencies(config: ModelConfig) -> list[float]:
-    """Angle per position of each pair of dimensions: head_dim / 2 of them.
-
-    Scaling: `linear` stretches all positions; `llama3` stretches the slow frequencies only (Llama 3.1's own rule).
-    """
-    half = config.head_dim // 2
-    plain = [config.rope_theta ** (-2 * n / config.head_dim) for n in range(half)]
-    scaling = config.rope_scaling
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind == "default":
-        return plain
-    if kind == "linear":
-        return [frequency / scaling["factor"] for frequency in plain]
-    if kind == "llama3":
-        return [_llama3(frequency, scaling) for frequency in plain]
-    raise EngineStartError(f"config.json: rope scaling {kind!r} is not supported; supported: default, linear, llama3")
-
-
-def _llama3(frequency: float, scaling: dict[str, Any]) -> float:
-    wavelength = 2 * math.pi / frequency
-    original = scaling["original_max_position_embeddings"]
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    if wavelength < original / high:
-        return frequency
-    if wavelength > original / low:
-        return frequency / float(scaling["factor"])
-    smooth = (original / wavelength - low) / (high - low)
-    return float((1 - smooth) * frequency / scaling["factor"] + smooth * frequency)
+    return list(config.rope.frequencies)

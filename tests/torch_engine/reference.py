@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gpu_worker.torch_engine.attention import reference_attend
-from gpu_worker.torch_engine.model_config import parse_config, rope_frequencies
+from gpu_worker.torch_engine.model_config import parse_config
 
 
 def reference_logits(raw: Mapping[str, Any], tensors: Mapping[str, Tensor], tokens: list[int]) -> Tensor:
@@ -16,7 +16,7 @@ def reference_logits(raw: Mapping[str, Any], tensors: Mapping[str, Tensor], toke
     config = parse_config(dict(raw))
     weights = {name: tensor.double() for name, tensor in tensors.items()}
     positions = torch.arange(len(tokens))
-    angles = positions[:, None] * torch.tensor(rope_frequencies(config), dtype=torch.float64)
+    angles = positions[:, None] * torch.tensor(config.rope.frequencies, dtype=torch.float64)
 
     def linear(x: Tensor, name: str) -> Tensor:
         return functional.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
