@@ -10,6 +10,7 @@ from bus.ids import ModelName
 PROMPT_BYTES_MAX = 8 * 1024 * 1024
 STOP_STRINGS_MAX = 16
 MAX_TOKENS_LIMIT = 1_000_000
+LOGPROBS_MAX = 20  # likeliest tokens shown beside each token; OpenAI's limit
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -25,6 +26,11 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     top_p: float | None = None  # (0, 1]
     top_k: int | None = None  # >= 1; 0 switches it off
     seed: int | None = None  # None: fixed at submit, kept in the job hash, so that every attempt draws alike
+    min_p: float | None = None  # [0, 1]
+    presence_penalty: float | None = None  # -2..2, like the next
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None  # (0, 2]; 1 changes nothing
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, -100..100), each token once
 
 
 class ChatJob(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -33,6 +39,7 @@ class ChatJob(msgspec.Struct, frozen=True, omit_defaults=True):
     messages: rendered through the model's chat template. prompt: raw text, continued as it stands.
     max_tokens: upper bound on new tokens; None = what the context leaves.
     stream: frames are sent as they come; otherwise only the terminal, which then carries the text.
+    logprobs: None = not asked for; else of each token, and of so many likeliest ones beside it (0..LOGPROBS_MAX).
     """
 
     model: ModelName
@@ -43,6 +50,7 @@ class ChatJob(msgspec.Struct, frozen=True, omit_defaults=True):
     stop: tuple[str, ...] = ()
     stream: bool = False
     ignore_eos: bool = False  # benchmarks: run to max_tokens
+    logprobs: int | None = None
 
 
 _encoder = msgspec.msgpack.Encoder()

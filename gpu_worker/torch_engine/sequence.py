@@ -24,12 +24,28 @@ class State(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class SamplingChoice:
-    """Sampling with every default resolved. temperature 0 is greedy; top_k 0 and top_p 1 switch their filter off."""
+    """Sampling with every default resolved. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch their filter
+    off, a repetition penalty of 1 and other penalties of 0 change nothing."""
 
     temperature: float
     top_p: float
     top_k: int
     seed: int
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, added to its logit), each token once
+    logprobs: int | None = None  # None: not asked for; else of the token and of so many likeliest ones
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the next token depends on which tokens came before, beyond what the model makes of them."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
+
+    @property
+    def adjusted(self) -> bool:
+        return self.penalised or bool(self.logit_bias)
 
 
 @dataclasses.dataclass
