@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from bus.jobs import Message
@@ -19,11 +22,24 @@ class TemplateError(Exception):
     """The template refuses these messages; the text says why, for the client."""
 
 
+class GenerationBlock(Extension):
+    """`{% generation %}` marks what the assistant said, for training; it shows what it holds."""
+
+    tags = {"generation"}  # noqa: RUF012 - how jinja2 declares it
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 class ChatTemplate:
     def __init__(self, source: str, special: Mapping[str, str]) -> None:
-        """special: bos_token and the like, by name. Raises TemplateError on a template that does not parse."""
+        """special: bos_token and the like, by name, as far as the model has them.
+
+        Raises TemplateError on a template that does not parse.
+        """
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, "jinja2.ext.loopcontrols"]
         )
         environment.filters["tojson"] = _to_json
         environment.globals.update(raise_exception=_refuse, strftime_now=_strftime_now)
@@ -37,7 +53,9 @@ class ChatTemplate:
         """The prompt up to where the assistant's answer begins."""
         plain = [_to_plain(message) for message in messages]
         try:
-            return self._template.render(messages=plain, add_generation_prompt=True, tools=None, **self._special)
+            return self._template.render(
+                messages=plain, add_generation_prompt=True, tools=None, documents=None, **self._special
+            )
         except TemplateError:
             raise
         except Exception as error:  # whatever somebody else's program raises on these messages
@@ -59,5 +77,12 @@ def _strftime_now(pattern: str) -> str:
     return datetime.datetime.now().strftime(pattern)
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """jinja2's own escapes HTML; these are the arguments that published templates give."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
