@@ -1,0 +1,125 @@
+"""The text side of a model directory: tokenizer, template, end tokens and sampling defaults. No torch."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from bus.jobs import Message, Sampling
+from gpu_worker.engine import EngineStartError
+from gpu_worker.torch_engine.chat_template import ChatTemplate, TemplateError
+from gpu_worker.torch_engine.detokenizer import byte_fallback_bytes, byte_level_bytes
+from gpu_worker.torch_engine.sequence import SamplingChoice
+
+SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingDefaults:
+    """The model's generation config: what a request that leaves a field open gets."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def resolve(self, wanted: Sampling, seed: int) -> SamplingChoice:
+        return SamplingChoice(
+            temperature=self.temperature if wanted.temperature is None else wanted.temperature,
+            top_p=self.top_p if wanted.top_p is None else wanted.top_p,
+            top_k=self.top_k if wanted.top_k is None else wanted.top_k,
+            seed=seed,
+        )
+
+
+class TextModel:
+    """Raises EngineStartError if the directory lacks something or holds a tokenizer that we do not know."""
+
+    def __init__(self, directory: Path) -> None:
+        config = read_json(directory / "config.json")
+        generation = read_json(directory / "generation_config.json", optional=True)
+        tokenizer_config = read_json(directory / "tokenizer_config.json", optional=True)
+        try:
+            self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise EngineStartError(f"{directory / 'tokenizer.json'}: cannot be read as a tokenizer: {error}") from error
+        self.eos = _token_ids(generation.get("eos_token_id", config.get("eos_token_id")))
+        self.defaults = _sampling_defaults(generation)
+        self.vocabulary = int(config.get("vocab_size", 0))  # rows of the embedding; ids at or above have none
+        self.template = _template(directory, tokenizer_config)
+        self.token_bytes = _token_bytes(self.tokenizer, self.eos)
+        self._longest_token = max(map(len, self.token_bytes), default=1) or 1
+
+    def render(self, messages: tuple[Message, ...]) -> str:
+        """Raises TemplateError."""
+        if self.template is None:
+            raise TemplateError("this model has no chat template; send a prompt instead of messages")
+        return self.template.render(messages)
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """special: add the tokens that the tokenizer's own post-processor puts around a text, such as a leading BOS."""
+        return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
+
+    def least_tokens(self, text: str) -> int:
+        """No tokenization of this text can be shorter. Cheap, so that a hopeless prompt is refused unread."""
+        return -(-len(text.encode(errors="replace")) // self._longest_token)
+
+
+def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
+    """Raises EngineStartError naming the file."""
+    if optional and not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EngineStartError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise EngineStartError(f"{path}: expected an object")
+    return content
+
+
+def _token_ids(value: Any) -> frozenset[int]:
+    if value is None:
+        return frozenset()
+    return frozenset(value) if isinstance(value, list) else frozenset([value])
+
+
+def _sampling_defaults(generation: dict[str, Any]) -> SamplingDefaults:
+    if generation.get("do_sample") is False:
+        return SamplingDefaults(temperature=0.0)
+    known = {name: generation[name] for name in ("temperature", "top_p", "top_k") if generation.get(name) is not None}
+    return SamplingDefaults(**known)
+
+
+def _template(directory: Path, tokenizer_config: dict[str, Any]) -> ChatTemplate | None:
+    beside = directory / "chat_template.jinja"
+    source: Any = beside.read_text(encoding="utf-8") if beside.exists() else tokenizer_config.get("chat_template")
+    if isinstance(source, list):  # several named templates: the one called default
+        source = next((one["template"] for one in source if one.get("name") == "default"), None)
+    if not source:
+        return None
+    named = {name: _special_text(tokenizer_config.get(name)) for name in SPECIAL_NAMES}
+    special = {name: text for name, text in named.items() if text}  # templates ask whether one `is defined`
+    try:
+        return ChatTemplate(source, special)
+    except TemplateError as error:
+        raise EngineStartError(f"{directory}: {error}") from error
+
+
+def _special_text(value: Any) -> str:
+    return value.get("content", "") if isinstance(value, dict) else value or ""
+
+
+def _token_bytes(tokenizer: Tokenizer, eos: frozenset[int]) -> list[bytes]:
+    described = json.loads(tokenizer.to_str())
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    added = described.get("added_tokens", [])
+    hidden = {token["id"] for token in added if token["special"]} | eos
+    plain = {token["id"] for token in added} - hidden
+    decoder = json.dumps(described.get("decoder"))
+    if "ByteLevel" in decoder:
+        return byte_level_bytes(vocabulary, plain, hidden)
+    if "ByteFallback" in decoder:
+        return byte_fallback_bytes(vocabulary, hidden)
+    raise EngineStartError("tokenizer.json: only byte-level and byte-fallback tokenizers are supported")
