@@ -4,7 +4,8 @@ An engine runs in its own thread, process or on remote machines; it never touche
 sequences, iterates `batches()` and publishes them. Every submitted sequence ends with exactly one `End`.
 
 Offsets: `text_offset` counts UTF-8 bytes of the answer, `token_offset` counts its tokens; both start at 0 for the
-whole answer, forced prefix included, so the first piece of a resumed sequence starts at the prefix' lengths.
+whole answer, forced prefix included, so the first piece of a resumed sequence starts at the prefix' lengths. Log
+probabilities come for each token that a piece carries, never for those of the forced prefix.
 """
 
 from collections.abc import AsyncIterator, Sequence
@@ -44,6 +45,7 @@ class Piece(msgspec.Struct, frozen=True):
     token_offset: int
     tokens: tuple[int, ...]  # empty for engines without token ids (relay)
     end: End | None = None
+    logprobs: bytes = b""  # whole records (bus.codec.logprobs) of these tokens, if the job asks for them
 
 
 class EngineLoad(msgspec.Struct, frozen=True):

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 OPEN_MAX = 4096  # sequences submitted and not ended; bounds the intake, the mailbox and the waiting list
 OUTBOX_TOKENS_MAX = 65_536  # produced and not yet taken; beyond it the engine waits for its reader
+OUTBOX_TOKEN_BYTES = 64  # of log probabilities count as one more
 IDLE_WAIT_S = 1.0
 CLOSE_WAIT_S = 10.0
 
@@ -231,7 +232,7 @@ class TorchEngine:
             for piece in pieces:
                 before = self._outbox.get(piece.sequence)
                 self._outbox[piece.sequence] = piece if before is None else merge(before, piece)
-                self._outbox_tokens += len(piece.tokens) + 1
+                self._outbox_tokens += len(piece.tokens) + 1 + len(piece.logprobs) // OUTBOX_TOKEN_BYTES
                 if piece.end is not None:
                     self._open.discard(piece.sequence)
         if pieces:
@@ -255,4 +256,5 @@ def merge(before: Piece, after: Piece) -> Piece:
         before.token_offset,
         before.tokens + after.tokens,
         after.end,
+        before.logprobs + after.logprobs,
     )

@@ -53,6 +53,11 @@ class TextStream:
     def stopped(self) -> bool:
         return self._scanner.stopped
 
+    @property
+    def held_bytes(self) -> int:
+        """UTF-8 bytes of the tokens fed so far that are not let out yet."""
+        return len(self._scanner.held.encode()) + len(self._decoder.getstate()[0])
+
     def feed(self, token: int) -> str:
         """Text that this token lets out. An id beyond the vocabulary (padding rows of the head) has no text."""
         raw = self._token_bytes[token] if token < len(self._token_bytes) else b""

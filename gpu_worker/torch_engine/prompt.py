@@ -10,6 +10,7 @@ import dataclasses
 from gpu_worker.engine import End, GenerateRequest
 from gpu_worker.torch_engine.chat_template import TemplateError
 from gpu_worker.torch_engine.detokenizer import TextStream
+from gpu_worker.torch_engine.logprob_trail import LogprobTrail, TokenScores
 from gpu_worker.torch_engine.sequence import Sequence
 from gpu_worker.torch_engine.text_model import TextModel
 
@@ -25,12 +26,28 @@ class Answer:
     carries_tokens: bool  # False after a re-tokenised prefix: those ids are not what earlier attempts produced
     ready_text: str = ""  # let out by the forced tokens but never shown; goes out with the first piece
     ready_end: End | None = None  # the forced prefix already completes the answer
+    trail: LogprobTrail | None = None  # only if the request asks for log probabilities
+
+    def feed(self, token: int, scores: TokenScores | None = None) -> str:
+        """One more token of the answer; the text that it lets out."""
+        if self.trail is None:
+            return self.stream.feed(token)
+        if scores is not None:
+            self.trail.note(token, scores, self.stream.held_bytes)
+        text = self.stream.feed(token)
+        self.trail.let_out(text)
+        return text
+
+    def take_logprobs(self) -> bytes:
+        """The records (bus.codec.logprobs) of the tokens fed since the last time."""
+        return b"" if self.trail is None else self.trail.take()
 
 
 def prepare(request: GenerateRequest, model: TextModel, *, context_max: int) -> Answer | End:
     """context_max: tokens that one sequence may have, prompt and answer together."""
     try:
         prompt = _prompt_tokens(request, model, context_max)
+        _check_bias(request.job.sampling.logit_bias, model)
     except _Refused as refused:
         return _client_error(refused.code, str(refused))
     stream = TextStream(model.token_bytes, request.job.stop)
@@ -53,7 +70,7 @@ def prepare(request: GenerateRequest, model: TextModel, *, context_max: int) -> 
         prompt_len=len(prompt),
         forced_len=len(forced),
         total_max=_total_max(len(prompt), request.job.max_tokens, context_max),
-        sampling=model.defaults.resolve(request.job.sampling, request.seed),
+        sampling=model.defaults.resolve(request.job, request.seed),
         ignore_eos=request.job.ignore_eos,
     )
     answer = Answer(
@@ -63,6 +80,9 @@ def prepare(request: GenerateRequest, model: TextModel, *, context_max: int) -> 
         token_offset=0 if retokenised else len(forced),
         carries_tokens=not retokenised,
         ready_text=ready,
+        trail=None
+        if request.job.logprobs is None
+        else LogprobTrail(model, len(request.forced_text) + len(ready.encode()), restarts=retokenised),
     )
     answer.ready_end = _end_of_prefix(answer)
     return answer
@@ -93,6 +113,13 @@ def _prompt_tokens(request: GenerateRequest, model: TextModel, context_max: int)
     if len(tokens) >= context_max:
         raise _too_long(context_max, str(len(tokens)))
     return tokens
+
+
+def _check_bias(bias: tuple[tuple[int, float], ...], model: TextModel) -> None:
+    foreign = next((token for token, _ in bias if token >= model.vocabulary), None)
+    if foreign is not None:
+        message = f"logit_bias names token {foreign}, but this model's tokens are 0 to {model.vocabulary - 1}"
+        raise _Refused("bad_request", message)
 
 
 def _too_long(context_max: int, tokens: str) -> _Refused:

@@ -23,6 +23,7 @@ from torch import Tensor
 from bus.jobs import LOGPROBS_MAX
 from gpu_worker.torch_engine.draws import uniform
 from gpu_worker.torch_engine.filters import Filters, pick
+from gpu_worker.torch_engine.logprob_trail import TokenScores
 from gpu_worker.torch_engine.penalties import Adjustments, adjust, plan_adjustments
 from gpu_worker.torch_engine.sequence import SamplingChoice
 
@@ -73,14 +74,6 @@ class Scores:
 class Sampled:
     tokens: Tensor  # (rows,) int64; -1: the row's logits are not finite
     scores: Scores | None
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenScores:
-    """Of one token; the likeliest as (token, log probability)."""
-
-    logprob: float
-    top: tuple[tuple[int, float], ...]
 
 
 @dataclasses.dataclass(frozen=True)

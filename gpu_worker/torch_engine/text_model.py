@@ -1,36 +1,18 @@
 """The text side of a model directory: tokenizer, template, end tokens and sampling defaults. No torch."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from bus.jobs import Message, Sampling
+from bus.jobs import Message
 from gpu_worker.engine import EngineStartError
 from gpu_worker.torch_engine.chat_template import ChatTemplate, TemplateError
 from gpu_worker.torch_engine.detokenizer import byte_fallback_bytes, byte_level_bytes
-from gpu_worker.torch_engine.sequence import SamplingChoice
+from gpu_worker.torch_engine.sampling import parse_defaults
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingDefaults:
-    """The model's generation config: what a request that leaves a field open gets."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-
-    def resolve(self, wanted: Sampling, seed: int) -> SamplingChoice:
-        return SamplingChoice(
-            temperature=self.temperature if wanted.temperature is None else wanted.temperature,
-            top_p=self.top_p if wanted.top_p is None else wanted.top_p,
-            top_k=self.top_k if wanted.top_k is None else wanted.top_k,
-            seed=seed,
-        )
 
 
 class TextModel:
@@ -45,7 +27,7 @@ class TextModel:
         except Exception as error:  # tokenizers raises bare Exception
             raise EngineStartError(f"{directory / 'tokenizer.json'}: cannot be read as a tokenizer: {error}") from error
         self.eos = _token_ids(generation.get("eos_token_id", config.get("eos_token_id")))
-        self.defaults = _sampling_defaults(generation)
+        self.defaults = parse_defaults(generation)
         self.vocabulary = int(config.get("vocab_size", 0))  # rows of the embedding; ids at or above have none
         self.template = _template(directory, tokenizer_config)
         self.token_bytes = _token_bytes(self.tokenizer, self.eos)
@@ -83,13 +65,6 @@ def _token_ids(value: Any) -> frozenset[int]:
     if value is None:
         return frozenset()
     return frozenset(value) if isinstance(value, list) else frozenset([value])
-
-
-def _sampling_defaults(generation: dict[str, Any]) -> SamplingDefaults:
-    if generation.get("do_sample") is False:
-        return SamplingDefaults(temperature=0.0)
-    known = {name: generation[name] for name in ("temperature", "top_p", "top_k") if generation.get(name) is not None}
-    return SamplingDefaults(**known)
 
 
 def _template(directory: Path, tokenizer_config: dict[str, Any]) -> ChatTemplate | None:

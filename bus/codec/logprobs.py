@@ -1,0 +1,122 @@
+"""Log probabilities of an answer's tokens as bytes: one record a token, one after the other, beside the text.
+
+    record     size u16, of all of it | at u32 | count u8 | candidates
+    candidate  log probability f32 | length u16, 0x8000 set: a special token, the bytes are its name and no text | bytes
+
+Numbers are little endian. The first candidate is the token itself, the others are the likeliest ones, in falling order.
+`at`: bytes of the answer's text before the token. Tokens may be stored before their text is shown, and the text of a
+stop string never is, so a reader takes a token's record when it takes the byte at `at`.
+
+A record without candidates says that another engine went on with the text from `at` on: records before it that begin
+there or behind have no text.
+"""
+
+import math
+import struct
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from bus.jobs import LOGPROBS_MAX
+
+TOKEN_BYTES_MAX = 1024  # of one candidate; longer ones are cut, and no vocabulary has any
+LEAST_LOGPROB = -9999.0  # OpenAI's word for "very unlikely"; also stands for minus infinity
+SPECIAL = 0x8000
+
+_HEAD = struct.Struct("<HIB")
+_CANDIDATE = struct.Struct("<fH")
+
+
+class Candidate(msgspec.Struct, frozen=True):
+    token: bytes  # its bytes; perhaps not a whole character
+    logprob: float
+    special: bool = False  # `token` is a name and stands for no text
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """A token of the answer. `top` may hold it once more, if it is among the likeliest."""
+
+    at: int
+    chosen: Candidate
+    top: tuple[Candidate, ...] = ()
+
+
+def encode_record(record: TokenLogprobs) -> bytes:
+    candidates = (record.chosen, *record.top[:LOGPROBS_MAX])
+    body = b"".join(map(_encode_candidate, candidates))
+    return _HEAD.pack(_HEAD.size + len(body), record.at, len(candidates)) + body
+
+
+def encode_restart(at: int) -> bytes:
+    """Another engine goes on from this byte of the text."""
+    return _HEAD.pack(_HEAD.size, at, 0)
+
+
+def _encode_candidate(one: Candidate) -> bytes:
+    token = one.token[:TOKEN_BYTES_MAX]
+    logprob = max(min(one.logprob, 0.0), LEAST_LOGPROB)
+    return _CANDIDATE.pack(logprob, len(token) | (SPECIAL if one.special else 0)) + token
+
+
+def decode_record(raw: bytes | bytearray | memoryview, start: int = 0) -> TokenLogprobs | None:
+    """The record at `start` of bytes that `RecordIndex` took in; None for one without candidates."""
+    _, at, count = _HEAD.unpack_from(raw, start)
+    found = tuple(candidate for candidate, _ in _candidates(raw, start + _HEAD.size, count))
+    return TokenLogprobs(at, found[0], found[1:]) if found else None
+
+
+def _candidates(raw: bytes | bytearray | memoryview, start: int, count: int) -> Iterator[tuple[Candidate, int]]:
+    """Each candidate, and where it ends. Raises ValueError, struct.error."""
+    for _ in range(count):
+        logprob, size = _CANDIDATE.unpack_from(raw, start)
+        begin = start + _CANDIDATE.size
+        start = begin + (size & ~SPECIAL)
+        if not (math.isfinite(logprob) and LEAST_LOGPROB <= logprob <= 0) or start - begin > TOKEN_BYTES_MAX:
+            raise ValueError("a candidate's figures are out of range")
+        if start > len(raw):
+            raise ValueError("a candidate is cut off")
+        yield Candidate(bytes(raw[begin:start]), logprob, bool(size & SPECIAL)), start
+
+
+def record_places(raw: bytes | bytearray, start: int = 0) -> list[tuple[int, int]]:
+    """(at, end) of each record from byte `start` on. Raises ValueError for bytes that are not whole, valid records."""
+    places = []
+    while start < len(raw):
+        try:
+            size, at, count = _HEAD.unpack_from(raw, start)
+            if count > 1 + LOGPROBS_MAX:
+                raise ValueError("a record has too many candidates")
+            end = start + _HEAD.size
+            for _, candidate_end in _candidates(raw, end, count):
+                end = candidate_end
+        except struct.error as error:
+            raise ValueError("a record is cut off") from error
+        if end != start + size:
+            raise ValueError("a record's size is not that of its candidates")
+        places.append((at, end))
+        start = end
+    return places
+
+
+def shown_records(raw: bytes | bytearray, text_len: int) -> list[TokenLogprobs]:
+    """The records of a text of `text_len` bytes, in order: without those that another engine's have taken the place of,
+    and those of which nothing is shown. Raises ValueError."""
+    starts = [0, *(end for _, end in record_places(raw))]
+    return collect([decode_record(raw, start) or at_of(raw, start) for start in starts[:-1]], 0, text_len)
+
+
+def at_of(raw: bytes | bytearray, start: int) -> int:
+    at: int = _HEAD.unpack_from(raw, start)[1]
+    return at
+
+
+def collect(records: Sequence[TokenLogprobs | int], start: int, end: int) -> list[TokenLogprobs]:
+    """Those that begin in bytes start..end of the text. A number stands for a record without candidates."""
+    found: list[TokenLogprobs] = []
+    for record in records:
+        if isinstance(record, int):
+            while found and found[-1].at >= record:
+                found.pop()
+        else:
+            found.append(record)
+    return [record for record in found if start <= record.at < end]
