@@ -11,19 +11,18 @@ import torch
 from bus.ids import ModelName
 from bus.jobs import ChatJob, Sampling
 from gpu_worker.engine import End, EngineStartError, GenerateRequest
-from gpu_worker.torch_engine import attention
-from gpu_worker.torch_engine.config import BLOCK_TOKENS, TorchEngineConfig
+from gpu_worker.torch_engine.config import TorchEngineConfig
 from gpu_worker.torch_engine.core import EngineCore, context_max
 from gpu_worker.torch_engine.kv_blocks import BlockPool
-from gpu_worker.torch_engine.kv_cache import KVCache
 from gpu_worker.torch_engine.linear import LinearFactory
 from gpu_worker.torch_engine.loader import load_weights, log_progress, resume_digest
-from gpu_worker.torch_engine.model import Decoder
+from gpu_worker.torch_engine.model import Decoder, Model
 from gpu_worker.torch_engine.model_config import ModelConfig, parse_config
 from gpu_worker.torch_engine.prompt import prepare
 from gpu_worker.torch_engine.rates import Rates
 from gpu_worker.torch_engine.scheduler import Scheduler
 from gpu_worker.torch_engine.text_model import TextModel, read_json
+from gpu_worker.torch_engine.tiles import TileAttention
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +36,7 @@ WARM_UP_TOKENS = 6
 @dataclasses.dataclass(frozen=True)
 class Assembled:
     core: EngineCore
+    model: Model
     text: TextModel
     context: int  # tokens of one sequence at most
     layers: int
@@ -55,21 +55,23 @@ def assemble(config: TorchEngineConfig) -> Assembled:
     factory = LinearFactory(device=device, dtype=dtype)
     weights = load_weights(config.model_dir, shape, range(shape.layers), factory, log_progress(config.model_name))
     text = TextModel(config.model_dir)
-    blocks = choose_blocks(config, shape, device, dtype)
-    context = context_max(shape.context, blocks)
+    backend = choose_attention(device, dtype)
+    blocks = choose_blocks(config, shape, backend.block_tokens, device, dtype)
+    context = context_max(shape.context, blocks * backend.block_tokens)
+    attention = backend(
+        shape, range(shape.layers), blocks, context=context, exact=factory.exact, device=device, dtype=dtype
+    )
+    model = Decoder(shape, weights, attention, dtype=dtype)
     core = EngineCore(
-        Decoder(shape, weights, context=context, device=device, dtype=dtype),
-        KVCache(shape, range(shape.layers), blocks, device=device, dtype=dtype),
+        model,
         Scheduler(
-            BlockPool(blocks, BLOCK_TOKENS, prefix_cache=config.prefix_cache),
+            BlockPool(blocks, model.block_tokens, prefix_cache=config.prefix_cache),
             capacity=config.capacity,
             chunk_max=config.prefill_chunk,
         ),
         eos=text.eos,
-        row_multiple=attention.probe_row_multiple(shape.head_dim) if factory.exact else 1,
-        device=device,
     )
-    assembled = Assembled(core, text, context, shape.layers, resume_digest(config.model_dir), threads)
+    assembled = Assembled(core, model, text, context, shape.layers, resume_digest(config.model_dir), threads)
     if config.warm_up:
         warm_up(assembled)
     log.info(
@@ -81,7 +83,8 @@ def assemble(config: TorchEngineConfig) -> Assembled:
             "dtype": str(dtype).removeprefix("torch."),
             "threads": threads,
             "linear": weights.layers[0].qkv.kind,
-            "kv_tokens": blocks * BLOCK_TOKENS,
+            "attention": model.kind,
+            "kv_tokens": blocks * model.block_tokens,
             "context": context,
             "prefill_rate": round(core.rates.prefill_rate),
             "decode_rate": round(core.rates.decode_rate),
@@ -146,14 +149,20 @@ def measure_product(rows_out: int, width: int, dtype: torch.dtype) -> float:
     return total
 
 
-def choose_blocks(config: TorchEngineConfig, shape: ModelConfig, device: torch.device, dtype: torch.dtype) -> int:
+def choose_attention(device: torch.device, dtype: torch.dtype) -> type[TileAttention]:
+    return TileAttention
+
+
+def choose_blocks(
+    config: TorchEngineConfig, shape: ModelConfig, block_tokens: int, device: torch.device, dtype: torch.dtype
+) -> int:
     """kv_tokens if set. Else room for every slot's typical sequence or one of full length, within a share of memory."""
     if config.kv_tokens is not None:
-        return config.kv_tokens // BLOCK_TOKENS
+        return max(1, config.kv_tokens // block_tokens)
     wanted = max(shape.context, config.capacity * SEQUENCE_TOKENS_TYPICAL)
     token_bytes = shape.kv_values_per_token * dtype.itemsize
     affordable = int(free_memory(device) * KV_BYTES_SHARE) // token_bytes
-    return max(1, min(wanted, affordable) // BLOCK_TOKENS)
+    return max(1, min(wanted, affordable) // block_tokens)
 
 
 def free_memory(device: torch.device) -> int:

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from gpu_worker.engine import End, EngineLoad, Piece
 from gpu_worker.torch_engine.batch import Batch, build_batch
-from gpu_worker.torch_engine.config import BLOCK_TOKENS
-from gpu_worker.torch_engine.kv_cache import KVCache
-from gpu_worker.torch_engine.model import Decoder
+from gpu_worker.torch_engine.model import Model
 from gpu_worker.torch_engine.prompt import Answer
 from gpu_worker.torch_engine.rates import Rates, capacity_now, prompt_budget
 from gpu_worker.torch_engine.sampler import sample
@@ -34,23 +32,17 @@ class EngineCore:
 
     def __init__(
         self,
-        decoder: Decoder,
-        cache: KVCache,
+        model: Model,
         scheduler: Scheduler,
         *,
         eos: frozenset[int],
-        row_multiple: int,
-        device: torch.device,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.scheduler = scheduler
         self.rates = Rates()
         self.last_progress_s = clock()
-        self._decoder = decoder
-        self._cache = cache
+        self._model = model
         self._eos = eos
-        self._row_multiple = row_multiple
-        self._device = device
         self._clock = clock
         self._answers: dict[str, Answer] = {}
 
@@ -78,8 +70,8 @@ class EngineCore:
         plan = self.scheduler.plan(self._prompt_budget())
         if not plan.work:
             return StepReport((), 0, 0)
-        batch = build_batch(plan, config=self._decoder.config, row_multiple=self._row_multiple, device=self._device)
-        hidden = self._decoder.forward(self._decoder.embed(batch.tokens), batch, self._cache)[batch.last_rows]
+        batch = build_batch(plan, block_tokens=self._model.block_tokens)
+        hidden = self._model.forward(batch)[batch.last_rows]
         healthy, broken = self._sort_out(batch, hidden)
         for row in healthy:
             self.scheduler.computed(batch.work[row])
@@ -126,12 +118,12 @@ class EngineCore:
     def _sample(self, sequences: list[Sequence], hidden: Tensor) -> list[int | None]:
         if not sequences:
             return []
-        logits = self._decoder.logits(hidden)
+        logits = self._model.logits(hidden)
         return sample(logits, [s.sampling for s in sequences], [s.answer_len for s in sequences])
 
     def _give_up(self, work: Work) -> Piece:
         """Numbers that are not finite: this sequence fails, and nothing of it reaches the next owner of its blocks."""
-        self._cache.clear(work.sequence.blocks)
+        self._model.clear(work.sequence.blocks)
         answer = self._answers[work.sequence.id]
         return self._finish(answer, "", (), _broken(answer))
 
@@ -166,9 +158,9 @@ class EngineCore:
         return StepReport(tuple(pieces), prefill, decode)
 
 
-def context_max(config_context: int, blocks: int) -> int:
+def context_max(config_context: int, pool_tokens: int) -> int:
     """Tokens of one sequence, prompt and answer: what the model knows and the pool holds."""
-    return min(config_context, blocks * BLOCK_TOKENS)
+    return min(config_context, pool_tokens)
 
 
 def _piece(answer: Answer, text: str, tokens: tuple[int, ...], end: End | None) -> Piece:

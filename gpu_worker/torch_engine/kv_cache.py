@@ -1,4 +1,4 @@
-"""Where keys and values lie: one tensor a layer, cut into the blocks that kv_blocks.py hands out.
+"""Where keys and values lie for `tiles.py`: one tensor a layer, cut into the blocks that kv_blocks.py hands out.
 
 Shape (2 kv_heads, blocks + 1, BLOCK_TOKENS, head_dim), the key heads first, then the value heads: as the projection
 gives them, so both are one write and one gather. Heads first, so that the blocks of one sequence gather into

@@ -1,21 +1,22 @@
 """A Llama-family decoder over a flat batch, or any contiguous range of its layers.
 
-Nothing here knows of requests: tokens and positions in, logits out. Residuals, norms and products are each one line.
+Nothing here knows of requests or of where keys and values lie: tokens in, logits out, and attention is the backend's
+(attention.py). Residuals, norms and products are each one line.
 Shapes: T rows of the batch, D hidden, H heads, K key/value heads, d head_dim, V vocabulary.
 """
 
 import dataclasses
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gpu_worker.torch_engine.attention import attend
+from gpu_worker.torch_engine.attention import Attention, AttentionStep
 from gpu_worker.torch_engine.batch import Batch
-from gpu_worker.torch_engine.kv_cache import KVCache
 from gpu_worker.torch_engine.linear import Linear, pad_rows
-from gpu_worker.torch_engine.model_config import ModelConfig, rope_frequencies
+from gpu_worker.torch_engine.model_config import ModelConfig
 from gpu_worker.torch_engine.norm import RmsNorm
 
 
@@ -49,32 +50,50 @@ class ModelWeights:
         return math.lcm(*(product.row_multiple or 1 for product in products))
 
 
+class Model(Protocol):
+    """What a step needs of a model, whatever computes it: tokens of a batch in, logits of some of its rows out."""
+
+    kind: str  # for the log
+    block_tokens: int  # of one block of keys and values
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Hidden states (T, D) of all rows; their keys and values are written on the way."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(rows, D) -> (rows, V) float32."""
+
+    def clear(self, blocks: list[int]) -> None:
+        """Keys and values back to zero: a masked one has weight 0, but 0 times infinity would reach the next owner."""
+
+
 class Decoder:
-    def __init__(
-        self, config: ModelConfig, weights: ModelWeights, *, context: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    """In torch, on any device: all layers, or a contiguous range of them."""
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights, attention: Attention, *, dtype: torch.dtype) -> None:
         self.config = config
         self.weights = weights
-        self.cos, self.sin = rotary_tables(config, context, device, dtype)
+        self.attention = attention
+        self.kind = attention.kind
+        self.block_tokens = attention.block_tokens
+        self.clear = attention.clear
         self.dtype = dtype
         self._row_multiple = weights.row_multiple
-        self._head_scale = torch.ones(config.heads + config.kv_heads, 1, device=device, dtype=dtype)
-        self._head_scale[: config.heads] = config.head_dim**-0.5  # the attention's, put on queries as they rotate
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(T,) -> (T, D). Only for a range that holds the first layer."""
         assert self.weights.embedding is not None
-        return functional.embedding(tokens, self.weights.embedding).to(self.dtype)
+        embedding = self.weights.embedding
+        return functional.embedding(tokens.to(embedding.device), embedding).to(self.dtype)
 
-    def forward(self, hidden: Tensor, batch: Batch, cache: KVCache) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
+        return self.run_layers(self.embed(batch.tokens), self.attention.plan(batch))
+
+    def run_layers(self, hidden: Tensor, step: AttentionStep) -> Tensor:
         """(T, D) -> (T, D) through the layers of this range; keys and values are written on the way."""
         rows = hidden.shape[0]
         hidden = pad_rows(hidden, self._row_multiple)
-        positions = functional.pad(batch.positions, (0, hidden.shape[0] - rows))
-        cos = self.cos[positions].unsqueeze(1) * self._head_scale  # (T, H + K, d)
-        sin = self.sin[positions].unsqueeze(1) * self._head_scale
         for index, layer in enumerate(self.weights.layers):
-            hidden = self._attention(hidden, index, layer, cos, sin, batch, cache).add_(hidden)
+            hidden = self._attention(hidden, index, layer, step).add_(hidden)
             hidden = self._mlp(hidden, layer).add_(hidden)
         return hidden[:rows]
 
@@ -83,31 +102,15 @@ class Decoder:
         assert self.weights.norm is not None and self.weights.head is not None
         return self.weights.head(self.weights.norm(hidden)).float()
 
-    def _attention(
-        self, hidden: Tensor, index: int, layer: LayerWeights, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache
-    ) -> Tensor:
-        config, rows = self.config, batch.tokens.shape[0]
+    def _attention(self, hidden: Tensor, index: int, layer: LayerWeights, step: AttentionStep) -> Tensor:
+        config = self.config
         qkv = layer.qkv(layer.attention_norm(hidden)).view(-1, config.heads + 2 * config.kv_heads, config.head_dim)
         if layer.query_norm is not None and layer.key_norm is not None:
             queries, keys = qkv[:, : config.heads], qkv[:, config.heads : -config.kv_heads]
             queries.copy_(layer.query_norm(queries))
             keys.copy_(layer.key_norm(keys))
-        rotated = qkv[:, : -config.kv_heads]  # queries and keys side by side
-        turned = rotated.roll(config.head_dim // 2, -1).mul_(sin)
-        rotated.mul_(cos).add_(turned)
-        cache.write(index, batch.slots, qkv[:rows, config.heads :])
-        attended = attend(qkv, cache, index, batch.groups)
-        return layer.output(pad_rows(attended, self._row_multiple))
+        return layer.output(pad_rows(step.attend(index, qkv), self._row_multiple))
 
     def _mlp(self, hidden: Tensor, layer: LayerWeights) -> Tensor:
         gate, up = layer.gate_up(layer.mlp_norm(hidden)).chunk(2, dim=-1)
         return layer.down(functional.silu(gate).mul_(up))
-
-
-def rotary_tables(config: ModelConfig, context: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (context, d). The sine's first half is negative: x * cos + roll(x, d/2) * sin rotates x."""
-    frequencies = torch.tensor(rope_frequencies(config), dtype=torch.float64)
-    angles = torch.arange(context, dtype=torch.float64)[:, None] * frequencies
-    cos = torch.cat([angles.cos(), angles.cos()], -1)
-    sin = torch.cat([-angles.sin(), angles.sin()], -1)
-    return cos.to(device, dtype), sin.to(device, dtype)

@@ -21,15 +21,28 @@ from gpu_worker.torch_engine.sequence import Sequence, State
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Compute `count` tokens of one sequence from `start` on. The last pending one gives logits to sample from."""
+    """Compute `count` tokens of one sequence from `start` on. The last pending one gives logits to sample from.
+
+    drafts: guesses of what follows the sequence's last token, part of `count`; each gives logits too, to be verified.
+    """
 
     sequence: Sequence
     start: int
     count: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def samples(self) -> bool:
-        return self.start + self.count == len(self.sequence.tokens)
+        return self.start + self.count >= len(self.sequence.tokens)
+
+    @property
+    def sampled(self) -> int:
+        """How many of the last rows a token is drawn from."""
+        return 1 + len(self.drafts) if self.samples else 0
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return (*self.sequence.tokens[self.start : self.start + self.count], *self.drafts)
 
 
 @dataclasses.dataclass(frozen=True)

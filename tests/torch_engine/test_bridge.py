@@ -12,7 +12,8 @@ from gpu_worker.engine import EngineStartError, GenerateRequest, Piece
 from gpu_worker.torch_engine.assembly import Assembled, assemble
 from gpu_worker.torch_engine.bridge import EngineFailed, TorchEngine, merge
 from gpu_worker.torch_engine.config import TorchEngineConfig
-from tests.torch_engine.tiny import Outcome, engine_config, request
+from gpu_worker.torch_engine.tiles import TileAttention
+from tests.torch_engine.tiny import Outcome, engine_config, request, torch_decoder
 
 DEADLINE_S = 20.0
 
@@ -130,7 +131,9 @@ async def test_a_crash_of_the_step_thread_reaches_the_reader(model_dir: Path, ca
 
     def without_its_end(config: TorchEngineConfig) -> Assembled:
         whole = assemble(config)
-        whole.core._cache.layers.pop()
+        attention = torch_decoder(whole).attention
+        assert isinstance(attention, TileAttention)
+        attention.cache.layers.pop()
         return whole
 
     engine = TorchEngine(engine_config(model_dir), assemble=without_its_end)

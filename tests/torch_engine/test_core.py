@@ -9,7 +9,16 @@ from gpu_worker.engine import End
 from gpu_worker.torch_engine.assembly import Assembled
 from gpu_worker.torch_engine.prompt import Answer, prepare
 from gpu_worker.torch_engine.rates import Rates, capacity_now, prompt_budget
-from tests.torch_engine.tiny import Outcome, deliver, request, run, tiny_engine, tiny_model, tiny_tokenizer
+from tests.torch_engine.tiny import (
+    Outcome,
+    deliver,
+    request,
+    run,
+    tiny_engine,
+    tiny_model,
+    tiny_tokenizer,
+    torch_decoder,
+)
 
 
 def end_of(outcome: Outcome) -> End:
@@ -101,7 +110,7 @@ def test_logits_that_are_not_finite_are_the_nodes_error(tmp_path: Path) -> None:
     """Another node may do better, and the neighbours in the batch go on."""
     directory = tiny_model(tmp_path)
     engine = tiny_engine(directory)
-    embedding = engine.core._decoder.weights.embedding
+    embedding = torch_decoder(engine).weights.embedding
     assert embedding is not None
     poison = engine.text.encode("Q", special=False)[0]
     embedding[poison] = float("nan")

@@ -10,18 +10,25 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from gpu_worker.torch_engine import attention
-from gpu_worker.torch_engine.attention import KV_TILE, add_tiles, attend, reference_attend
-from gpu_worker.torch_engine.batch import build_batch, round_tiles
+from gpu_worker.torch_engine.attention import reference_attend
+from gpu_worker.torch_engine.batch import build_batch
 from gpu_worker.torch_engine.config import BLOCK_TOKENS
 from gpu_worker.torch_engine.kv_blocks import BlockPool
-from gpu_worker.torch_engine.kv_cache import KVCache
 from gpu_worker.torch_engine.linear import LinearFactory, half_exponent, probe_row_multiple
 from gpu_worker.torch_engine.loader import load_weights
 from gpu_worker.torch_engine.model import Decoder
-from gpu_worker.torch_engine.model_config import ModelConfig, parse_config, rope_frequencies
+from gpu_worker.torch_engine.model_config import ModelConfig, parse_config
 from gpu_worker.torch_engine.scheduler import Plan, Scheduler, Work
 from gpu_worker.torch_engine.sequence import SamplingChoice, Sequence
+from gpu_worker.torch_engine.tiles import (
+    KV_TILE,
+    MULTIPLES,
+    TileAttention,
+    add_tiles,
+    attend_group,
+    round_tiles,
+)
+from gpu_worker.torch_engine.tiles import probe_row_multiple as probe_attention
 from tests.torch_engine.reference import reference_logits
 from tests.torch_engine.tiny import CONFIG, tiny_model
 
@@ -47,12 +54,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def loaded(directory: Path, layers: range | None = None) -> tuple[ModelConfig, Decoder, KVCache]:
+def tile_attention(config: ModelConfig, layers: range) -> TileAttention:
+    return TileAttention(config, layers, 64, context=1024, exact=True, device=CPU, dtype=torch.float32)
+
+
+def loaded(directory: Path, layers: range | None = None) -> Decoder:
     config = parse_config(json.loads((directory / "config.json").read_text()))
     layers = layers or range(config.layers)
     weights = load_weights(directory, config, layers, FACTORY, lambda fraction: None)
-    decoder = Decoder(config, weights, context=1024, device=CPU, dtype=torch.float32)
-    return config, decoder, KVCache(config, layers, 64, device=CPU, dtype=torch.float32)
+    return Decoder(config, weights, tile_attention(config, layers), dtype=torch.float32)
 
 
 def sequence(tokens: list[int]) -> Sequence:
@@ -62,14 +72,14 @@ def sequence(tokens: list[int]) -> Sequence:
 @torch.inference_mode()
 def chunked_logits(directory: Path, tokens: list[int], chunk: int) -> Tensor:
     """Logits of every position, prefilled in chunks of this size (1: all as decode rows)."""
-    config, decoder, cache = loaded(directory)
+    decoder = loaded(directory)
     scheduler = Scheduler(BlockPool(64, BLOCK_TOKENS), capacity=1, chunk_max=chunk)
     scheduler.add(sequence(tokens))
     rows: list[Tensor] = []
     while sum(part.shape[0] for part in rows) < len(tokens):
         plan = scheduler.plan()
-        batch = build_batch(plan, config=config, row_multiple=4, device=CPU)
-        rows.append(decoder.logits(decoder.forward(decoder.embed(batch.tokens), batch, cache)))
+        batch = build_batch(plan, block_tokens=BLOCK_TOKENS)
+        rows.append(decoder.logits(decoder.forward(batch)))
         scheduler.computed(plan.work[0])
     return torch.cat(rows)
 
@@ -105,11 +115,11 @@ def test_ranges_of_layers_give_the_same_bits_as_the_whole(model_dir: Path) -> No
     scheduler.add(sequence(tokens))
 
     with torch.inference_mode():
-        batch = build_batch(scheduler.plan(), config=parts[0][0], row_multiple=4, device=CPU)
-        hidden = parts[0][1].embed(batch.tokens)
-        for _, decoder, cache in parts:
-            hidden = decoder.forward(hidden, batch, cache)
-        found = parts[-1][1].logits(hidden)
+        batch = build_batch(scheduler.plan(), block_tokens=BLOCK_TOKENS)
+        hidden = parts[0].embed(batch.tokens)
+        for decoder in parts:
+            hidden = decoder.run_layers(hidden, decoder.attention.plan(batch))
+        found = parts[-1].logits(hidden)
 
     assert torch.equal(found, whole)
 
@@ -117,7 +127,7 @@ def test_ranges_of_layers_give_the_same_bits_as_the_whole(model_dir: Path) -> No
 @pytest.mark.parametrize("lengths", [[1, 40, 128, 129], [300, 5, 700]])
 def test_decode_rows_of_different_lengths_attend_like_the_reference(lengths: list[int]) -> None:
     config = parse_config(CONFIG | {"vocab_size": 10, "num_hidden_layers": 1})
-    cache = KVCache(config, range(1), 64, device=CPU, dtype=torch.float32)
+    attention = tile_attention(config, range(1))
     generator = torch.Generator().manual_seed(0)
     pool = BlockPool(64, BLOCK_TOKENS)
     works, contents = [], []
@@ -126,15 +136,15 @@ def test_decode_rows_of_different_lengths_attend_like_the_reference(lengths: lis
         one.blocks = pool.take(pool.blocks_for(length))
         keys, values = torch.randn(2, length, config.kv_heads, config.head_dim, generator=generator)
         slots = torch.tensor([one.blocks[p // BLOCK_TOKENS] * BLOCK_TOKENS + p % BLOCK_TOKENS for p in range(length)])
-        cache.write(0, slots, torch.cat([keys, values], dim=1))
+        attention.cache.write(0, slots, torch.cat([keys, values], dim=1))
         works.append(Work(one, length - 1, 1))
         contents.append((length, keys, values))
-    batch = build_batch(Plan(tuple(works)), config=config, row_multiple=4, device=CPU)
+    batch = build_batch(Plan(tuple(works)), block_tokens=BLOCK_TOKENS)
     query = torch.randn(len(lengths), config.heads, config.head_dim, generator=generator)
 
     projected = torch.cat([query, torch.zeros(len(lengths), 2 * config.kv_heads, config.head_dim)], dim=1)
 
-    found = attend(projected, cache, 0, batch.groups)
+    found = torch.cat([attend_group(projected, attention.cache, 0, group) for group in attention.plan(batch).groups])
 
     for row, work in enumerate(batch.work):
         length, keys, values = contents[works.index(work)]
@@ -190,13 +200,35 @@ def test_a_weight_is_held_as_float16_only_if_no_bit_is_lost() -> None:
 
 
 def test_attention_pads_rows_to_what_the_probe_finds() -> None:
-    assert attention.probe_row_multiple(16) in attention.MULTIPLES
+    assert probe_attention(16) in MULTIPLES
     assert KV_TILE % BLOCK_TOKENS == 0
 
 
 def test_llama3_scaling_leaves_fast_frequencies_and_stretches_slow_ones() -> None:
-    scaled = rope_frequencies(parse_config(CONFIG | {"vocab_size": 10} | FAMILIES["llama 3 rope scaling"]))
-    plain = rope_frequencies(parse_config(CONFIG | {"vocab_size": 10}))
+    scaled = parse_config(CONFIG | {"vocab_size": 10} | FAMILIES["llama 3 rope scaling"]).rope.frequencies
+    plain = parse_config(CONFIG | {"vocab_size": 10}).rope.frequencies
 
     assert scaled[0] == plain[0]
     assert scaled[-1] == pytest.approx(plain[-1] / 8)
+
+
+def test_drafts_are_rows_behind_the_last_token_and_each_is_sampled_from(model_dir: Path) -> None:
+    """What verification of a speculation rests on: its rows have the bits that decoding would give one by one."""
+    tokens = [3 + (5 * n * n + n) % 250 for n in range(140)]
+    whole = chunked_logits(model_dir, tokens, chunk=1000)
+    decoder = loaded(model_dir)
+    pool = BlockPool(64, BLOCK_TOKENS)
+    known = sequence(tokens[:130])
+    other = sequence(tokens[:40])
+    known.blocks, other.blocks = pool.take(5), pool.take(2)
+
+    with torch.inference_mode():
+        first = build_batch(Plan(prefill=(Work(known, 0, 129),)), block_tokens=BLOCK_TOKENS)
+        decoder.forward(first)
+        verify = Plan((Work(known, 129, 11, tuple(tokens[130:])),), (Work(other, 0, 39),))
+        batch = build_batch(verify, block_tokens=BLOCK_TOKENS)
+        hidden = decoder.forward(batch)
+
+    assert first.sample_rows.tolist() == []
+    assert batch.sample_rows.tolist() == list(range(11)), "the other's chunk does not reach its last token"
+    assert torch.equal(decoder.logits(hidden)[batch.sample_rows], whole[129:])

@@ -10,7 +10,7 @@ from bus.settings import Settings
 from gpu_worker.torch_engine.assembly import Assembled
 from gpu_worker.torch_engine.config import TorchEngineConfig
 from gpu_worker.torch_engine.detokenizer import TextStream
-from tests.torch_engine.tiny import request, run, tiny_engine
+from tests.torch_engine.tiny import request, run, tiny_engine, torch_decoder
 
 FRANCE = "What is the capital of France?"
 CHATML = (
@@ -75,7 +75,7 @@ def test_the_same_tokens_alone_batched_chunked_and_resumed(real_model_dir: Path,
 
 def test_two_threads_give_the_bits_of_one(smol: Assembled) -> None:
     """A node may have other cores than the one that it takes over from."""
-    weights = smol.core._decoder.weights
+    weights = torch_decoder(smol).weights
     layer = weights.layers[3]
     products = [layer.qkv, layer.output, layer.gate_up, layer.down, weights.head]
     rows = torch.randn(50, 1536, generator=torch.Generator().manual_seed(5))

@@ -15,6 +15,7 @@ from gpu_worker.engine import End, GenerateRequest, Piece
 from gpu_worker.torch_engine.assembly import Assembled, assemble
 from gpu_worker.torch_engine.config import TorchEngineConfig
 from gpu_worker.torch_engine.detokenizer import byte_level_alphabet
+from gpu_worker.torch_engine.model import Decoder
 from gpu_worker.torch_engine.prompt import Answer, prepare
 
 TEMPLATE = (
@@ -106,6 +107,11 @@ def tiny_model(directory: Path, *, seed: int = 0, **changes: Any) -> Path:
 
 def tiny_engine(directory: Path, **changes: Any) -> Assembled:
     return assemble(engine_config(directory, **changes))
+
+
+def torch_decoder(engine: Assembled) -> Decoder:
+    assert isinstance(engine.model, Decoder)
+    return engine.model
 
 
 def engine_config(directory: Path, **changes: Any) -> TorchEngineConfig:
