@@ -79,6 +79,10 @@ def show_fleet(metrics: Metrics, fleet: Fleet) -> None:
     for state, count in states.items():
         metrics.nodes.labels(state).set(count)
     metrics.running.set(sum(node.running for node in fleet.nodes))
+    active = [node for node in fleet.nodes if is_active(node)]
+    metrics.drafted.set(sum(node.drafted for node in active))
+    metrics.accepted.set(sum(node.accepted for node in active))
+    metrics.loop_lag.set(max((node.loop_lag_ms for node in active), default=0.0) / 1000)
 
 
 def metric_state(node: NodeView) -> str:

@@ -97,6 +97,17 @@ class Metrics:
         self.open_chats = Gauge("millrace_open_chats", "Chats whose clients wait here", registry=self.registry)
         self.nodes = Gauge("millrace_nodes", "Registered nodes", ("state",), registry=self.registry)
         self.running = Gauge("millrace_requests_running", "Jobs reserved on nodes", registry=self.registry)
+        self.drafted = Gauge(
+            "millrace_draft_tokens", "Tokens guessed by speculation, of the workers that are up", registry=self.registry
+        )
+        self.accepted = Gauge(
+            "millrace_draft_tokens_accepted", "Guessed tokens that the model agreed with", registry=self.registry
+        )
+        self.loop_lag = Gauge(
+            "millrace_worker_loop_lag_seconds",
+            "How late event loops of workers are: 99th percentile of 10 s, of the worst worker",
+            registry=self.registry,
+        )
 
     def model_label(self, model: str) -> str:
         if model in self._models:

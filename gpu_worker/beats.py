@@ -3,17 +3,21 @@
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable
 
 from bus.cell import Cell
 from bus.codec.events import NodeBeat
+from bus.codec.fields import COUNT_MAX
 from bus.codec.wire import Owned
 from bus.ids import NodeId
 from bus.link import LinkError
 from gpu_worker.engine import EngineInfo, EngineLoad
+from gpu_worker.loop_lag import LoopLag
 
 LOOK_S = 1.0  # how often the load is compared with what was told
+RATE_LEAST = 0.1
 RATE_NEWS = 0.25  # a rate that changed by more is worth a beat of its own
 
 log = logging.getLogger(__name__)
@@ -28,6 +32,7 @@ def make_beat(
     version: str = "",
     layer_count: int = 0,
     gpu_memory_gb: float = 0.0,
+    lag: LoopLag | None = None,
 ) -> NodeBeat:
     assert info.kind != "http", "HTTP nodes beat for themselves"
     return NodeBeat(
@@ -41,16 +46,30 @@ def make_beat(
         layer_count=layer_count or len(info.layers),
         context_length=info.context_length,
         resume=info.resume_digest,
-        prefill_rate=round(load.prefill_rate, 1),
-        decode_rate=round(load.decode_rate, 1),
+        prefill_rate=to_rate(load.prefill_rate),
+        decode_rate=to_rate(load.decode_rate),
         running=load.running,
         waiting=load.waiting,
         free_blocks=load.free_blocks,
         total_blocks=load.total_blocks,
+        drafted=load.drafted,
+        accepted=load.accepted,
+        loop_lag_ms=round(lag.p99_ms, 1) if lag else 0.0,
+        loop_lag_max_ms=round(lag.max_ms, 1) if lag else 0.0,
         gpu_memory_gb=gpu_memory_gb,
         version=version,
         draining=draining,
     )
+
+
+def to_rate(measured: float) -> float:
+    """What the dispatcher may divide by. 0 says: not measured; so does what is no number, instead of a dead letter.
+
+    Never rounded to 0: a very slow node is not an unknown one.
+    """
+    if not 0.0 < measured < math.inf:
+        return 0.0
+    return min(COUNT_MAX, max(RATE_LEAST, round(measured, 1)))
 
 
 def is_news(told: NodeBeat, now: NodeBeat) -> bool:

@@ -58,6 +58,8 @@ class EngineLoad(msgspec.Struct, frozen=True):
     waiting: int
     free_blocks: int = 0
     total_blocks: int = 0
+    drafted: int = 0  # tokens guessed by speculation since the start ...
+    accepted: int = 0  # ... and those of them that the model agreed with
     idle: bool = True
     last_progress_s: float = 0.0  # monotonic time of the last step that produced anything; the lease follows it
 

@@ -27,6 +27,7 @@ from gpu_worker.echo_engine import EchoEngine
 from gpu_worker.echo_script import EchoKnobs
 from gpu_worker.engine import Engine, EngineInfo, EngineStartError
 from gpu_worker.lease import LeaseThread
+from gpu_worker.loop_lag import LoopLag
 from gpu_worker.names import is_default_name
 from gpu_worker.reader import NodeReader
 from gpu_worker.service import NodeService
@@ -225,11 +226,11 @@ async def _serve_owned(
         since_ms=owned.epoch,
         resumes=bool(info.resume_digest),
     )
-    version = package_version()
+    version, lag = package_version(), LoopLag()
     beater = Beater(
         cell,
         owned.node,
-        lambda: make_beat(owned, info, engine.load(), draining=service.draining.is_set(), version=version),
+        lambda: make_beat(owned, info, engine.load(), draining=service.draining.is_set(), version=version, lag=lag),
         settings.beat_ms / 1000,
     )
     cell.link.on_reconnect(service.on_reconnect)
@@ -245,11 +246,12 @@ async def _serve_owned(
     async with asyncio.TaskGroup() as group:
         beating = group.create_task(beater.run(), name="beats")
         reading = group.create_task(reader.run(), name="reads")
+        measuring = group.create_task(lag.run(), name="loop lag")
         log.info("node is up", extra={"node": owned.node, "epoch": owned.epoch, "models": ",".join(info.models)})
         parent.ready()
         await service.run(parent.stop, say_bye)
-        beating.cancel()
-        reading.cancel()
+        for task in (beating, reading, measuring):
+            task.cancel()
 
 
 def package_version() -> str:

@@ -12,7 +12,8 @@ SHORT_FIELDS = (
 )
 FULL_FIELDS = (
     *("epoch", "layers", "layer_count", "whole", "context_length", "ok", "failed", "client_errors", "api_url", "api"),
-    *("key_id", "gpu_memory_gb", "version", "waiting", "free_blocks", "total_blocks"),
+    *("key_id", "gpu_memory_gb", "version", "waiting", "free_blocks", "total_blocks", "drafted", "accepted"),
+    *("loop_lag_ms", "loop_lag_max_ms"),
 )
 _NAMES = SHORT_FIELDS + FULL_FIELDS
 LAYER_DIGITS_MAX = 5
@@ -71,6 +72,10 @@ def to_node_view(raw: list[Any]) -> NodeView:
         waiting=whole("waiting"),
         free_blocks=whole("free_blocks"),
         total_blocks=whole("total_blocks"),
+        drafted=whole("drafted"),
+        accepted=whole("accepted"),
+        loop_lag_ms=real("loop_lag_ms"),
+        loop_lag_max_ms=real("loop_lag_max_ms"),
         breaker_probe=values.get("breaker_probe", ""),
     )
 

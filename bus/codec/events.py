@@ -45,6 +45,10 @@ class NodeBeat(msgspec.Struct, frozen=True, omit_defaults=True, tag="beat"):
     waiting: int = 0
     free_blocks: int = 0
     total_blocks: int = 0
+    drafted: int = 0  # tokens guessed by speculation since the worker started ...
+    accepted: int = 0  # ... and those of them that the model agreed with
+    loop_lag_ms: float = 0.0  # how late the worker's event loop is: 99th percentile of the last seconds ...
+    loop_lag_max_ms: float = 0.0  # ... and the longest
     gpu_memory_gb: float = 0.0
     version: str = ""
     draining: bool = False
@@ -169,7 +173,14 @@ def _check_beat(event: NodeBeat) -> None:
     _check_counts(
         running=event.running, waiting=event.waiting, free_blocks=event.free_blocks, total_blocks=event.total_blocks
     )
-    _check_figures(prefill_rate=event.prefill_rate, decode_rate=event.decode_rate)
+    _check_figures(
+        prefill_rate=event.prefill_rate,
+        decode_rate=event.decode_rate,
+        loop_lag_ms=event.loop_lag_ms,
+        loop_lag_max_ms=event.loop_lag_max_ms,
+    )
+    if not 0 <= event.accepted <= event.drafted <= MOMENT_MAX:  # they only grow, for as long as the worker lives
+        raise ForeignEntry(f"accepted and drafted must be 0..{MOMENT_MAX}, accepted no more than drafted")
     _check_lengths(version=event.version)
 
 

@@ -77,6 +77,8 @@ def beat_fields(event: NodeBeat) -> Words:
         *("prefill_rate", f"{event.prefill_rate:.3f}", "decode_rate", f"{event.decode_rate:.3f}"),
         *("reported_running", event.running, "waiting", event.waiting),
         *("free_blocks", event.free_blocks, "total_blocks", event.total_blocks),
+        *("drafted", event.drafted, "accepted", event.accepted),
+        *("loop_lag_ms", f"{event.loop_lag_ms:.1f}", "loop_lag_max_ms", f"{event.loop_lag_max_ms:.1f}"),
         *("gpu_memory_gb", f"{event.gpu_memory_gb:g}", "version", event.version, "api_url", ""),
     ]
 

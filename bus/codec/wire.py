@@ -230,6 +230,10 @@ class NodeView(msgspec.Struct, frozen=True):
     waiting: int = 0
     free_blocks: int = 0
     total_blocks: int = 0
+    drafted: int = 0  # tokens guessed by speculation since its worker started, and those of them that were right
+    accepted: int = 0
+    loop_lag_ms: float = 0.0  # of its worker's event loop, 99th percentile of the last seconds, and the longest
+    loop_lag_max_ms: float = 0.0
     breaker_probe: str = ""  # job/fence that tries the node out
 
     def usable(self, now_ms: int) -> bool:

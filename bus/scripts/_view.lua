@@ -2,7 +2,8 @@
 local SHORT = {'owner', 'state', 'kind', 'models', 'capacity', 'prefill_rate', 'decode_rate', 'failure', 'breaker_n',
   'breaker_until', 'alone', 'alone_until', 'beat_ms', 'resume', 'breaker_probe'}
 local FULL = {'epoch', 'layers', 'layer_count', 'whole', 'context_length', 'ok', 'failed', 'client_errors', 'api_url',
-  'api', 'key_id', 'gpu_memory_gb', 'version', 'waiting', 'free_blocks', 'total_blocks'}
+  'api', 'key_id', 'gpu_memory_gb', 'version', 'waiting', 'free_blocks', 'total_blocks', 'drafted', 'accepted',
+  'loop_lag_ms', 'loop_lag_max_ms'}
 local EVERYTHING = {}
 for _, name in ipairs(SHORT) do
   EVERYTHING[#EVERYTHING + 1] = name

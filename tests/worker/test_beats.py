@@ -1,29 +1,40 @@
 """What a worker's beat says, and which changes cannot wait for the next one."""
 
-import msgspec
+import asyncio
+import math
+import time
 
-from bus.codec.events import event_fields, parse_event
+import msgspec
+import pytest
+
+from bus.codec.events import NodeBeat, event_fields, parse_event
 from bus.codec.wire import Owned
 from bus.ids import Holder, NodeId
 from gpu_worker.beats import is_news, make_beat
 from gpu_worker.engine import EngineInfo, EngineLoad
+from gpu_worker.loop_lag import TICK_S, WINDOW, LoopLag
 
 OWNED = Owned(NodeId("n1"), 7, Holder("n1.7"), ())
 INFO = EngineInfo("echo", ("echo",), context_length=100, capacity=4, resume_digest="echo-1")
 LOAD = EngineLoad(prefill_rate=1000, decode_rate=50, capacity=4, running=1, waiting=0)
 
 
-def test_a_beat_is_full_state_and_survives_the_wire():
-    """Any one beat must be able to recreate the node after a FLUSHALL."""
-    beat = make_beat(OWNED, INFO, LOAD)
+def sent_and_read(beat: NodeBeat) -> NodeBeat:
     flat = event_fields(beat)
-
     fields = {
         str(key): value if isinstance(value, bytes) else str(value).encode()
         for key, value in zip(flat[::2], flat[1::2], strict=True)
     }
+    read = parse_event(fields)
+    assert isinstance(read, NodeBeat)
+    return read
 
-    assert parse_event(fields) == beat
+
+def test_a_beat_is_full_state_and_survives_the_wire():
+    """Any one beat must be able to recreate the node after a FLUSHALL."""
+    beat = make_beat(OWNED, INFO, LOAD)
+
+    assert sent_and_read(beat) == beat
     assert (beat.holder, beat.models, beat.capacity, beat.resume) == ("n1.7", ("echo",), 4, "echo-1")
 
 
@@ -38,3 +49,49 @@ def test_small_changes_wait_for_the_next_beat_and_large_ones_do_not():
     assert with_load(running=0)
     assert with_load(capacity=2)
     assert is_news(told, make_beat(OWNED, INFO, LOAD, draining=True))
+
+
+@pytest.mark.parametrize(
+    ("measured", "told"),
+    [(0.0, 0.0), (1234.56, 1234.6), (0.004, 0.1), (math.nan, 0.0), (math.inf, 0.0), (-3.0, 0.0), (1e300, 1e9)],
+)
+def test_a_rate_is_a_number_that_the_dispatcher_can_divide_by(measured: float, told: float):
+    """0 means not measured; a slow node must not become an unknown one, and no figure may bury the beat."""
+    beat = make_beat(OWNED, INFO, msgspec.structs.replace(LOAD, prefill_rate=measured, decode_rate=measured))
+
+    assert (beat.prefill_rate, beat.decode_rate) == (told, told)
+    assert sent_and_read(beat) == beat
+
+
+def test_speculation_and_the_loops_lag_travel_with_the_beat():
+    lag = LoopLag()
+    for late_s in [0.001] * 98 + [0.004, 0.5]:
+        lag.note(late_s)
+
+    beat = sent_and_read(make_beat(OWNED, INFO, msgspec.structs.replace(LOAD, drafted=10**12, accepted=7), lag=lag))
+
+    assert (beat.drafted, beat.accepted) == (10**12, 7)
+    assert (beat.loop_lag_ms, beat.loop_lag_max_ms) == (4.0, 500.0)
+
+
+def test_the_loops_lag_is_of_the_last_ten_seconds():
+    lag = LoopLag()
+    assert (lag.p99_ms, lag.max_ms) == (0.0, 0.0)
+
+    lag.note(3.0)
+    for _ in range(WINDOW):
+        lag.note(-0.001)  # a clock's hair
+
+    assert (lag.p99_ms, lag.max_ms) == (0.0, 0.0)
+
+
+async def test_a_loop_that_is_held_up_is_seen_to_be():
+    lag = LoopLag()
+    measuring = asyncio.create_task(lag.run())
+    await asyncio.sleep(2 * TICK_S)
+
+    time.sleep(0.1)  # noqa: ASYNC251 - somebody forgot the event loop
+    await asyncio.sleep(TICK_S)
+    measuring.cancel()
+
+    assert lag.max_ms > 70
