@@ -20,6 +20,7 @@ from gpu_worker.torch_engine.model import Decoder, Model
 from gpu_worker.torch_engine.model_config import ModelConfig, parse_config
 from gpu_worker.torch_engine.prompt import prepare
 from gpu_worker.torch_engine.rates import Rates
+from gpu_worker.torch_engine.runner import Runner
 from gpu_worker.torch_engine.scheduler import Scheduler
 from gpu_worker.torch_engine.text_model import TextModel, read_json
 from gpu_worker.torch_engine.tiles import TileAttention
@@ -63,13 +64,14 @@ def assemble(config: TorchEngineConfig) -> Assembled:
     )
     model = Decoder(shape, weights, attention, dtype=dtype)
     core = EngineCore(
-        model,
+        Runner(model, device=device),
         Scheduler(
             BlockPool(blocks, model.block_tokens, prefix_cache=config.prefix_cache),
             capacity=config.capacity,
             chunk_max=config.prefill_chunk,
         ),
         eos=text.eos,
+        speculate=config.speculate,
     )
     assembled = Assembled(core, model, text, context, shape.layers, resume_digest(config.model_dir), threads)
     if config.warm_up:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.torch_engine.kv_blocks import NULL_BLOCK
-from gpu_worker.torch_engine.scheduler import Plan, Work
+from gpu_worker.torch_engine.plan import Plan, Work
 
 
 @dataclasses.dataclass(frozen=True)

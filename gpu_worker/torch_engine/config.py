@@ -21,6 +21,7 @@ class TorchEngineConfig:
     threads: int | None = None  # CPU threads of torch
     kv_tokens: int | None = None  # tokens that the KV cache holds
     prefill_chunk: int = 512  # most prompt tokens of one step
+    speculate: int = 0  # most tokens guessed at once of one answer (speculation.py); 0: none
     prefix_cache: bool = True
     warm_up: bool = True  # measure the rates with a few steps before the node registers
 

@@ -1,30 +1,46 @@
-"""One step of the engine: schedule, batch, forward, sample, complete. No asyncio, no thread, no bus."""
+"""One step of the engine: plan, launch, collect. No tensor, no asyncio, no thread, no bus.
+
+    depth 0    plan 1, launch 1, collect 1, plan 2, launch 2, collect 2 ...
+    depth 1    plan 1, launch 1, plan 2, launch 2, collect 1, plan 3, launch 3, collect 2 ...
+
+Depth 1 is for devices that work while the host does: step n + 1 is planned and launched before the host knows what
+step n drew. Who turns out to have ended has one row computed in vain, which is dropped when it is read. Answers that
+are being guessed (speculation.py) need their last token on the host, so beside them each step is collected at once.
+"""
 
 import dataclasses
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from gpu_worker.engine import End, EngineLoad, Piece
-from gpu_worker.torch_engine.batch import Batch, build_batch
-from gpu_worker.torch_engine.model import Model
+from gpu_worker.torch_engine.plan import Plan, Work
 from gpu_worker.torch_engine.prompt import Answer
 from gpu_worker.torch_engine.rates import Rates, capacity_now, prompt_budget
-from gpu_worker.torch_engine.sampler import sample
-from gpu_worker.torch_engine.scheduler import Plan, Scheduler, Work
-from gpu_worker.torch_engine.sequence import Sequence
+from gpu_worker.torch_engine.runner import Flight, Result, Runner
+from gpu_worker.torch_engine.sampler import SampledToken
+from gpu_worker.torch_engine.scheduler import Scheduler
+from gpu_worker.torch_engine.sequence import State
+from gpu_worker.torch_engine.speculation import Guesser, agreed
+
+
+@dataclasses.dataclass(frozen=True)
+class InFlight:
+    """A step that was launched and not yet collected."""
+
+    plan: Plan
+    flight: Flight
+    began_s: float
 
 
 @dataclasses.dataclass(frozen=True)
 class StepReport:
-    """What a step did: pieces to publish, and how much work it was."""
+    """What the collected steps did: pieces to publish, and how much work it was."""
 
-    pieces: tuple[Piece, ...]
-    prefill_tokens: int
-    decode_rows: int
+    pieces: tuple[Piece, ...] = ()
+    prefill_tokens: int = 0
+    decode_rows: int = 0
 
 
 class EngineCore:
@@ -32,19 +48,24 @@ class EngineCore:
 
     def __init__(
         self,
-        model: Model,
+        runner: Runner,
         scheduler: Scheduler,
         *,
         eos: frozenset[int],
+        speculate: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """speculate: most tokens guessed at once of one answer; 0: none."""
         self.scheduler = scheduler
         self.rates = Rates()
         self.last_progress_s = clock()
-        self._model = model
+        self.drafted = self.accepted = 0  # tokens guessed, and those of them that were drawn
+        self.runner = runner
         self._eos = eos
+        self._speculate = speculate
         self._clock = clock
         self._answers: dict[str, Answer] = {}
+        self._flights: deque[InFlight] = deque()
 
     @property
     def idle(self) -> bool:
@@ -54,34 +75,32 @@ class EngineCore:
         """Queue an answer. A forced prefix may already have something to say, or be all there is to say."""
         if answer.ready_end is not None:
             return [_piece(answer, answer.ready_text, (), answer.ready_end)]
-        self._answers[answer.sequence.id] = answer
-        answer.sequence.arrived_s = self._clock()
-        self.scheduler.add(answer.sequence)
+        sequence = answer.sequence
+        self._answers[sequence.id] = answer
+        sequence.arrived_s = self._clock()
+        sequence.guesser = Guesser(self._speculate) if self._speculate else None
+        self.scheduler.add(sequence)
         return [_piece(answer, answer.ready_text, (), None)] if answer.ready_text else []
 
     def cancel(self, sequence_id: str) -> list[Piece]:
-        """End it now; unknown ids are ignored."""
+        """End it now; unknown ids are ignored. What a step in flight draws for it is dropped."""
         answer = self._answers.get(sequence_id)
         return [] if answer is None else [self._finish(answer, "", (), _end(answer, "cancelled"))]
 
-    @torch.inference_mode()
     def step(self) -> StepReport:
+        """Launch the next step, then collect those that are not to stay in flight beside it."""
         began_s = self._clock()
         plan = self.scheduler.plan(self._prompt_budget())
-        if not plan.work:
-            return StepReport((), 0, 0)
-        batch = build_batch(plan, block_tokens=self._model.block_tokens)
-        hidden = self._model.forward(batch)[batch.last_rows]
-        healthy, broken = self._sort_out(batch, hidden)
-        for row in healthy:
-            self.scheduler.computed(batch.work[row])
-        sampled = [row for row in healthy if batch.work[row].samples]
-        tokens = self._sample([batch.work[row].sequence for row in sampled], hidden[sampled])
-        pieces = [self._give_up(batch.work[row]) for row in broken]
-        pieces += [self._complete(batch.work[row], token) for row, token in zip(sampled, tokens, strict=True)]
+        if plan.work:
+            self._launch(plan, began_s)
+        staying = self.runner.depth if plan.work and not self.scheduler.guessing else 0
+        report = StepReport()
+        while len(self._flights) > staying:
+            report = _both(report, self._collect(self._flights.popleft()))
         if self.scheduler.idle:
+            assert not self._flights, "nothing runs, but a step is in flight"
             self.scheduler.check_integrity()
-        return self._report(plan, pieces, began_s)
+        return report
 
     def load(self, *, arriving: int = 0) -> EngineLoad:
         """arriving: requests that are not sequences yet."""
@@ -110,40 +129,67 @@ class EngineCore:
             self.rates, chunk_max=scheduler.chunk_max, answering=scheduler.answering, arriving=scheduler.arriving
         )
 
-    def _sort_out(self, batch: Batch, hidden: Tensor) -> tuple[list[int], list[int]]:
-        """Which work came out finite and which did not. A last row sees all before it, so it tells for the whole."""
-        finite = torch.isfinite(hidden).all(-1).tolist()
-        return [row for row, fine in enumerate(finite) if fine], [row for row, fine in enumerate(finite) if not fine]
+    def _launch(self, plan: Plan, began_s: float) -> None:
+        before = self._flights[-1].flight if self._flights else None
+        self._flights.append(InFlight(plan, self.runner.launch(plan, before), began_s))
+        self.scheduler.launched(plan)
 
-    def _sample(self, sequences: list[Sequence], hidden: Tensor) -> list[int | None]:
-        if not sequences:
-            return []
-        logits = self._model.logits(hidden)
-        return sample(logits, [s.sampling for s in sequences], [s.answer_len for s in sequences])
+    def _collect(self, step: InFlight) -> StepReport:
+        results = self.runner.read(step.flight)
+        pieces = [piece for result in results if (piece := self._settle(result)) is not None]
+        began_s, self.last_progress_s = max(step.began_s, self.last_progress_s), self._clock()
+        prefill, decode = sum(work.count for work in step.plan.prefill), len(step.plan.decode)
+        self.rates.observe(prefill_tokens=prefill, decode_rows=decode, seconds=self.last_progress_s - began_s)
+        return StepReport(tuple(pieces), prefill, decode)
 
-    def _give_up(self, work: Work) -> Piece:
-        """Numbers that are not finite: this sequence fails, and nothing of it reaches the next owner of its blocks."""
-        self._model.clear(work.sequence.blocks)
-        answer = self._answers[work.sequence.id]
-        return self._finish(answer, "", (), _broken(answer))
-
-    def _complete(self, work: Work, token: int | None) -> Piece:
-        """One more token of one answer: its text, and whether that was the last."""
-        sequence = work.sequence
+    def _settle(self, result: Result) -> Piece | None:
+        """One piece of work is done: its tokens go to the answer, as far as they hold and are wanted."""
+        work, sequence = result.work, result.work.sequence
+        if not result.finite:
+            self.runner.clear(self.scheduler.private_blocks(sequence))
+        if sequence.state is State.FINISHED:  # it ended while this was on its way
+            self.scheduler.collected(work, valid=0)
+            return None
         answer = self._answers[sequence.id]
-        if token is None:
-            return self._give_up(work)
-        if not sequence.first_token_s:
-            sequence.first_token_s = self._clock()
-        if token in self._eos and not sequence.ignore_eos:
-            return self._finish(answer, answer.stream.finish(), (), _end(answer, "stop"))
-        sequence.tokens.append(token)
-        text = answer.stream.feed(token)
-        if answer.stream.stopped:
-            return self._finish(answer, text, (token,), _end(answer, "stop"))
-        if len(sequence.tokens) >= sequence.total_max:
-            return self._finish(answer, text + answer.stream.finish(), (token,), _end(answer, "length"))
-        return _piece(answer, text, (token,), None)
+        right = agreed(work.drafts, result.tokens)
+        text, taken, end = self._take(answer, result.drawn[: right + 1])
+        healthy = None not in result.tokens[: right + 1] if work.drafts else result.finite
+        if end is None and not healthy:
+            end = _broken(answer)
+        self.scheduler.collected(work, valid=work.count - len(work.drafts) + right if healthy else 0)
+        self._judge(work, right)
+        if end is not None:
+            return self._finish(answer, text, taken, end)
+        if not result.finite:  # after a rejected draft: what was cleared held good numbers too
+            sequence.guesser = None
+            self.scheduler.preempt(sequence)
+        return _piece(answer, text, taken, None) if taken else None
+
+    def _take(self, answer: Answer, drawn: tuple[SampledToken, ...]) -> tuple[str, tuple[int, ...], End | None]:
+        """Tokens become part of the answer until it ends or numbers are not finite. Text, tokens, and how it ended."""
+        sequence, texts, taken = answer.sequence, list[str](), list[int]()
+        for one in drawn:
+            token = one.token
+            if token is None:
+                break
+            sequence.first_token_s = sequence.first_token_s or self._clock()
+            if token in self._eos and not sequence.ignore_eos:
+                return "".join([*texts, answer.stream.finish()]), tuple(taken), _end(answer, "stop")
+            sequence.tokens.append(token)
+            taken.append(token)
+            texts.append(answer.feed(token, one.scores))
+            if answer.stream.stopped:
+                return "".join(texts), tuple(taken), _end(answer, "stop")
+            if len(sequence.tokens) >= sequence.total_max:
+                return "".join([*texts, answer.stream.finish()]), tuple(taken), _end(answer, "length")
+        return "".join(texts), tuple(taken), None
+
+    def _judge(self, work: Work, right: int) -> None:
+        drafted, guesser = len(work.drafts), work.sequence.guesser
+        if drafted and guesser is not None:
+            self.drafted += drafted
+            self.accepted += right
+            guesser.verified(drafted, right, work.sequence.answer_len)
 
     def _finish(self, answer: Answer, text: str, tokens: tuple[int, ...], end: End) -> Piece:
         self.scheduler.remove(answer.sequence)
@@ -151,23 +197,27 @@ class EngineCore:
         self.rates.observe_finished(len(answer.sequence.tokens))
         return _piece(answer, text, tokens, end)
 
-    def _report(self, plan: Plan, pieces: list[Piece], began_s: float) -> StepReport:
-        self.last_progress_s = self._clock()
-        prefill, decode = sum(work.count for work in plan.prefill), len(plan.decode)
-        self.rates.observe(prefill_tokens=prefill, decode_rows=decode, seconds=self.last_progress_s - began_s)
-        return StepReport(tuple(pieces), prefill, decode)
-
 
 def context_max(config_context: int, pool_tokens: int) -> int:
     """Tokens of one sequence, prompt and answer: what the model knows and the pool holds."""
     return min(config_context, pool_tokens)
 
 
+def _both(first: StepReport, second: StepReport) -> StepReport:
+    return StepReport(
+        first.pieces + second.pieces,
+        first.prefill_tokens + second.prefill_tokens,
+        first.decode_rows + second.decode_rows,
+    )
+
+
 def _piece(answer: Answer, text: str, tokens: tuple[int, ...], end: End | None) -> Piece:
     """The next piece of this answer; its offsets move on."""
     raw = text.encode()
     carried = tokens if answer.carries_tokens else ()
-    piece = Piece(answer.sequence.id, answer.text_offset, raw, answer.token_offset, carried, end)
+    piece = Piece(
+        answer.sequence.id, answer.text_offset, raw, answer.token_offset, carried, end, answer.take_logprobs()
+    )
     answer.text_offset += len(raw)
     answer.token_offset += len(carried)
     return piece

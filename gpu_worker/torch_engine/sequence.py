@@ -4,9 +4,12 @@
                 0                 prompt_len          (forced_len)     len(tokens)
     computed    [ cached_len ......... )              keys and values of these positions lie in `blocks`
 
-A sequence is *pending* in `len(tokens) - cached_len` tokens: one while it decodes, many while its prompt (or, after a
+A sequence is *pending* in the tokens behind `cached_len`: one while it decodes, many while its prompt (or, after a
 preemption, all of it) is prefilled. The last position's logits give the next token, so a step that computes the
 last pending token samples; a step that computes an earlier chunk does not.
+
+A step that was launched counts as computed. What it draws is *unread* until the host has looked: one token more than
+`tokens` holds, pending like the others, its value known to the device alone.
 
     waiting --admit--> running --finish--> finished
        ^------preempt-----'        (blocks freed, cached_len = 0, tokens kept: recomputed later, never lost)
@@ -14,6 +17,8 @@ last pending token samples; a step that computes an earlier chunk does not.
 
 import dataclasses
 import enum
+
+from gpu_worker.torch_engine.speculation import Guesser
 
 
 class State(enum.Enum):
@@ -58,17 +63,25 @@ class Sequence:
     sampling: SamplingChoice
     ignore_eos: bool = False
     state: State = State.WAITING
-    cached_len: int = 0  # positions whose keys and values are computed; set back to 0 by a preemption
+    cached_len: int = 0  # positions whose keys and values are computed or will be by launched steps; 0 when preempted
+    unread: int = 0  # tokens that launched steps draw and the host does not know yet
+    in_flight: int = 0  # pieces of its work that are launched and not read: they may still write to its blocks
     blocks: list[int] = dataclasses.field(default_factory=list)  # owned through BlockPool, in order of position
     hashes: list[bytes] = dataclasses.field(default_factory=list)  # chain hash of each full block, as far as computed
     arrived_s: float = 0.0
     first_token_s: float = 0.0
     preemptions: int = 0
     reused_tokens: int = 0  # prompt tokens found in the prefix cache at the last admission
+    guesser: Guesser | None = None  # None: its steps carry no drafts
 
     @property
     def pending(self) -> int:
-        return len(self.tokens) - self.cached_len
+        return len(self.tokens) + self.unread - self.cached_len
+
+    @property
+    def complete(self) -> bool:
+        """All tokens that it may have are there or unread: no further step is of use."""
+        return len(self.tokens) + self.unread >= self.total_max
 
     @property
     def answer_len(self) -> int:

@@ -18,7 +18,8 @@ from gpu_worker.torch_engine.linear import LinearFactory, half_exponent, probe_r
 from gpu_worker.torch_engine.loader import load_weights
 from gpu_worker.torch_engine.model import Decoder
 from gpu_worker.torch_engine.model_config import ModelConfig, parse_config
-from gpu_worker.torch_engine.scheduler import Plan, Scheduler, Work
+from gpu_worker.torch_engine.plan import Plan, Work
+from gpu_worker.torch_engine.scheduler import Scheduler
 from gpu_worker.torch_engine.sequence import SamplingChoice, Sequence
 from gpu_worker.torch_engine.tiles import (
     KV_TILE,
@@ -80,7 +81,8 @@ def chunked_logits(directory: Path, tokens: list[int], chunk: int) -> Tensor:
         plan = scheduler.plan()
         batch = build_batch(plan, block_tokens=BLOCK_TOKENS)
         rows.append(decoder.logits(decoder.forward(batch)))
-        scheduler.computed(plan.work[0])
+        scheduler.launched(plan)
+        scheduler.collected(plan.work[0], plan.work[0].count)
     return torch.cat(rows)
 
 
@@ -137,7 +139,7 @@ def test_decode_rows_of_different_lengths_attend_like_the_reference(lengths: lis
         keys, values = torch.randn(2, length, config.kv_heads, config.head_dim, generator=generator)
         slots = torch.tensor([one.blocks[p // BLOCK_TOKENS] * BLOCK_TOKENS + p % BLOCK_TOKENS for p in range(length)])
         attention.cache.write(0, slots, torch.cat([keys, values], dim=1))
-        works.append(Work(one, length - 1, 1))
+        works.append(Work(one, length - 1, (1,), sampled=1))
         contents.append((length, keys, values))
     batch = build_batch(Plan(tuple(works)), block_tokens=BLOCK_TOKENS)
     query = torch.randn(len(lengths), config.heads, config.head_dim, generator=generator)
@@ -223,9 +225,11 @@ def test_drafts_are_rows_behind_the_last_token_and_each_is_sampled_from(model_di
     known.blocks, other.blocks = pool.take(5), pool.take(2)
 
     with torch.inference_mode():
-        first = build_batch(Plan(prefill=(Work(known, 0, 129),)), block_tokens=BLOCK_TOKENS)
+        first = build_batch(Plan(prefill=(Work(known, 0, tuple(tokens[:129]), sampled=0),)), block_tokens=BLOCK_TOKENS)
         decoder.forward(first)
-        verify = Plan((Work(known, 129, 11, tuple(tokens[130:])),), (Work(other, 0, 39),))
+        verify = Plan(
+            (Work(known, 129, tuple(tokens[129:]), sampled=11),), (Work(other, 0, tuple(tokens[:39]), sampled=0),)
+        )
         batch = build_batch(verify, block_tokens=BLOCK_TOKENS)
         hidden = decoder.forward(batch)
 

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpu_worker.torch_engine.kv_blocks import BlockPool
-from gpu_worker.torch_engine.scheduler import Plan, Scheduler
+from gpu_worker.torch_engine.plan import Plan
+from gpu_worker.torch_engine.scheduler import Scheduler
 from gpu_worker.torch_engine.sequence import SamplingChoice, Sequence, State
 
 BLOCK = 4
@@ -24,13 +25,13 @@ def sequence(name: str, prompt: list[int] | int, *, new: int = 5, total_max: int
 
 def perform(one: Scheduler, plan: Plan) -> None:
     """What the core does, with a next token that depends on all tokens before it, like a model's."""
+    one.launched(plan)
     for work in plan.work:
-        samples = work.samples
-        one.computed(work)
-        if samples:
+        if work.samples:
             work.sequence.tokens.append(hash(tuple(work.sequence.tokens)) % 997)
-            if len(work.sequence.tokens) >= work.sequence.total_max:
-                one.remove(work.sequence)
+        one.collected(work, valid=work.count)
+        if work.samples and len(work.sequence.tokens) >= work.sequence.total_max:
+            one.remove(work.sequence)
 
 
 def run(one: Scheduler, limit: int = 2000) -> int:
