@@ -192,8 +192,8 @@ async def test_metrics_are_prometheus_text(served: Served) -> None:
     assert status == 200
     assert headers["Content-Type"].startswith("text/plain")
     assert b'http_requests_total{handler="unknown",method="GET",status="4xx"}' in text
-    for name in (b"millrace_draft_tokens 0", b"millrace_draft_tokens_accepted 0", b"millrace_worker_loop_lag_seconds 0"):
-        assert name in text
+    for name in ("draft_tokens", "draft_tokens_accepted", "worker_loop_lag_seconds"):
+        assert f"millrace_{name} 0".encode() in text
 
 
 async def test_metrics_can_be_closed(settings: Settings) -> None:
