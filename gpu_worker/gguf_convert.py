@@ -1,12 +1,13 @@
 """A GGUF file, once, into a Hugging Face directory: the one form that the engine loads.
 
+A model may be split over several files, `<name>-00001-of-00003.gguf` and so on; the first one stands for all.
 Weights are dequantised. Quantised kinds go to float16, which holds their grids (float16 scales times small integers) to
 2^-12; others keep float32. llama.cpp stores the query and key rows of its `llama` architecture in another order (pairs
 that rotate together are neighbours); they are put back.
 """
 
 import json
-import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,9 @@ import numpy
 from safetensors.numpy import save_file
 
 from gpu_worker.engine import EngineStartError
+from gpu_worker.gguf_config import ROPE_FACTORS, to_config, to_tokenizer_config
 from gpu_worker.gguf_tokenizer import build_tokenizer
 
-log = logging.getLogger(__name__)
-
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 SHARD_BYTES = 2 << 30
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -41,6 +40,12 @@ OUTER_NAMES = {
     "output.weight": "lm_head.weight",
 }
 
+Kind = gguf.GGMLQuantizationType
+UNQUANTISED = (Kind.F32, Kind.BF16)
+HALF_MAX = 65504.0  # float16 ends there
+
+PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+
 Array = numpy.ndarray[Any, Any]
 
 
@@ -49,85 +54,72 @@ def convert_gguf(source: Path, target: Path, generation: Mapping[str, Any], prog
 
     Raises EngineStartError on an architecture, tensor or tokenizer that we do not know.
     """
-    try:
-        reader = gguf.GGUFReader(source)
-    except (ValueError, OSError) as error:
-        raise EngineStartError(f"{source}: cannot be read as GGUF: {error}") from error
-    metadata = {name: field.contents() for name, field in reader.fields.items()}
-    config = to_config(metadata, {tensor.name for tensor in reader.tensors})
+    readers = [read_gguf(path) for path in parts_of(source)]
+    metadata = {name: field.contents() for name, field in readers[0].fields.items()}
+    if metadata.get("split.count", 1) not in (0, len(readers)):
+        raise EngineStartError(f"{source} is one of {metadata['split.count']} files, and its name does not say so")
+    tensors = [tensor for reader in readers for tensor in reader.tensors]
+    names = {tensor.name for tensor in tensors}
+    if len(names) < len(tensors):
+        raise EngineStartError(f"{source} has a tensor twice")
+    factors = next((tensor.data.astype(float).tolist() for tensor in tensors if tensor.name == ROPE_FACTORS), None)
+    config = to_config(metadata, names, factors)
     write_json(target / "config.json", config)
     write_json(target / "generation_config.json", {"eos_token_id": config["eos_token_id"], **generation})
     write_json(target / "tokenizer_config.json", to_tokenizer_config(metadata))
     build_tokenizer(metadata).save(str(target / "tokenizer.json"))
-    write_shards(target, convert_tensors(reader.tensors, config, progress))
+    weights = [tensor for tensor in tensors if tensor.name != ROPE_FACTORS]
+    write_shards(target, convert_tensors(weights, config, progress))
 
 
-def to_config(metadata: Mapping[str, Any], tensors: set[str]) -> dict[str, Any]:
-    kind = str(metadata.get("general.architecture"))
-    if kind not in ARCHITECTURES:
-        raise EngineStartError(f"GGUF architecture {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
-    if "rope_freqs.weight" in tensors or metadata.get(f"{kind}.rope.scaling.type", "none") != "none":
-        raise EngineStartError("GGUF files with RoPE scaling are not supported; use the model's Hugging Face directory")
-
-    def value(name: str) -> Any:
-        try:
-            return metadata[f"{kind}.{name}"]
-        except KeyError as error:
-            raise EngineStartError(f"the GGUF file lacks {kind}.{name}") from error
-
-    heads = value("attention.head_count")
-    ends = [
-        metadata[name] for name in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if name in metadata
-    ]
-    return {
-        "architectures": [ARCHITECTURES[kind]],
-        "model_type": kind,
-        "hidden_size": value("embedding_length"),
-        "intermediate_size": value("feed_forward_length"),
-        "num_hidden_layers": value("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": metadata.get(f"{kind}.attention.head_count_kv", heads),
-        "head_dim": metadata.get(f"{kind}.attention.key_length", value("embedding_length") // heads),
-        "max_position_embeddings": value("context_length"),
-        "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
-        "rope_theta": metadata.get(f"{kind}.rope.freq_base", 10_000.0),
-        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
-        "tie_word_embeddings": "output.weight" not in tensors,
-        "hidden_act": "silu",
-        "eos_token_id": sorted(set(ends)),
-    }
+def parts_of(source: Path) -> list[Path]:
+    """All files of the model that `source` is the first file of. Raises EngineStartError on another one, or a gap."""
+    match = PART.search(source.name)
+    if match is None:
+        return [source]
+    number, count = int(match[1]), int(match[2])
+    if number != 1:
+        raise EngineStartError(f"{source.name} is part {number} of {count}: name the first part")
+    stem = source.name[: match.start()]
+    parts = [source.with_name(f"{stem}-{part:05}-of-{count:05}.gguf") for part in range(1, count + 1)]
+    missing = next((part.name for part in parts if not part.is_file()), None)
+    if missing:
+        raise EngineStartError(f"{source.parent}: {missing} is missing, one of {count} parts of the model")
+    return parts
 
 
-def to_tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    pieces = metadata["tokenizer.ggml.tokens"]
-    ids = {
-        "bos_token": "bos_token_id",
-        "eos_token": "eos_token_id",
-        "unk_token": "unknown_token_id",
-        "pad_token": "padding_token_id",
-    }
-    named = {
-        name: pieces[metadata[f"tokenizer.ggml.{field}"]]
-        for name, field in ids.items()
-        if f"tokenizer.ggml.{field}" in metadata
-    }
-    template = metadata.get("tokenizer.chat_template")
-    return named | ({"chat_template": template} if template else {})
+def read_gguf(path: Path) -> gguf.GGUFReader:
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, OSError, KeyError, IndexError) as error:  # what it raises on files that are none, or cut off
+        raise EngineStartError(f"{path}: cannot be read as GGUF: {error}") from error
 
 
 def convert_tensors(
     tensors: list[gguf.ReaderTensor], config: Mapping[str, Any], progress: Callable[[float], None]
 ) -> Iterator[tuple[str, Array]]:
-    permuted = config["architectures"] == ["LlamaForCausalLM"]
+    permuted = config["model_type"] == "llama"
     for done, tensor in enumerate(tensors):
         name = to_name(tensor.name)
-        array: Array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        if permuted and name.endswith(("q_proj.weight", "k_proj.weight")):
-            heads = config["num_attention_heads" if name.endswith("q_proj.weight") else "num_key_value_heads"]
+        array: Array = to_values(tensor)
+        if permuted and ("q_proj." in name or "k_proj." in name):
+            heads = config["num_attention_heads" if "q_proj." in name else "num_key_value_heads"]
             array = unpermute(array, heads)
-        unquantised = tensor.tensor_type in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.BF16)
-        yield name, numpy.ascontiguousarray(array, dtype=numpy.float32 if unquantised else numpy.float16)
+        whole = tensor.tensor_type in UNQUANTISED or numpy.abs(array).max(initial=0.0) > HALF_MAX
+        yield name, numpy.ascontiguousarray(array, dtype=numpy.float32 if whole else numpy.float16)
         progress((done + 1) / len(tensors))
+
+
+def to_values(tensor: gguf.ReaderTensor) -> Array:
+    """Raises EngineStartError on values that no weight has: a damaged block is one wrong scale away from them."""
+    try:
+        array: Array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError as error:
+        kind = tensor.tensor_type.name
+        raise EngineStartError(f"tensor {tensor.name} has block type {kind}, which is not supported") from error
+    if not numpy.isfinite(array).all():
+        raise EngineStartError(f"tensor {tensor.name} holds values that are not finite: the GGUF file is damaged")
+    return array
 
 
 def to_name(name: str) -> str:
@@ -141,9 +133,9 @@ def to_name(name: str) -> str:
 
 
 def unpermute(weight: Array, heads: int) -> Array:
-    """(heads * d, width) with rotating pairs as neighbours -> with halves, as Hugging Face has them."""
-    out, width = weight.shape
-    return weight.reshape(heads, out // heads // 2, 2, width).swapaxes(1, 2).reshape(out, width)
+    """(heads * d, ...) with rotating pairs as neighbours -> with halves, as Hugging Face has them."""
+    out, *rest = weight.shape
+    return weight.reshape(heads, out // heads // 2, 2, *rest).swapaxes(1, 2).reshape(out, *rest)
 
 
 def write_shards(target: Path, tensors: Iterator[tuple[str, Array]]) -> None:

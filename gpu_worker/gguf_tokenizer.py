@@ -1,7 +1,7 @@
-"""A GGUF file's tokenizer as a `tokenizers` tokenizer: byte-level BPE, exact.
+"""A GGUF file's tokenizer as a `tokenizers` tokenizer: byte-level BPE and SentencePiece, exact, or refused.
 
-GGUF stores vocabulary, merges and kinds of tokens, and names the splitting rule that goes before them. Those rules are
-the published tokenizer.json of each family.
+For byte-level BPE GGUF stores vocabulary, merges and kinds of tokens, and names the splitting rule that goes before
+them. Those rules are the published tokenizer.json of each family. SentencePiece: gguf_sentencepiece.py.
 """
 
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from gpu_worker.engine import EngineStartError
+from gpu_worker.gguf_sentencepiece import UNKNOWN, build_sentencepiece
 
 CONTROL, USER_DEFINED = 3, 4  # llama.cpp's token types
 
@@ -17,36 +18,57 @@ _LETTERS_DIGITS = (  # %s: how many digits stay together
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{%s}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_SAME_RULE = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2", "default": "gpt-2"}
 
 
 def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     """metadata: the GGUF fields by name. Raises EngineStartError on a kind that we cannot rebuild exactly."""
-    kind, rule = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
-    if kind != "gpt2":
+    kind = metadata.get("tokenizer.ggml.model")
+    named = metadata.get("tokenizer.ggml.pre", "default")
+    rule = _SAME_RULE.get(named, named)
+    if kind == "gpt2":
+        tokenizer = _byte_level(metadata, rule)
+    elif kind == "llama":
+        tokenizer = build_sentencepiece(metadata)
+    else:
         raise EngineStartError(
             f"GGUF tokenizer kind {kind!r} cannot be rebuilt exactly; use the model's Hugging Face directory"
         )
     pieces, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    special = (CONTROL, UNKNOWN)
+    tokenizer.add_tokens(
+        [
+            AddedToken(piece, special=kinds[token] in special, normalized=False)
+            for token, piece in enumerate(pieces)
+            if kinds[token] in (*special, USER_DEFINED)
+        ]
+    )
+    _surround(tokenizer, metadata, bos=kind == "llama" or rule == "llama-bpe")
+    return tokenizer
+
+
+def _byte_level(metadata: Mapping[str, Any], rule: str) -> Tokenizer:
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    vocabulary = {piece: token for token, piece in enumerate(pieces)}
+    vocabulary = {piece: token for token, piece in enumerate(metadata["tokenizer.ggml.tokens"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule == "llama-bpe"))
     tokenizer.pre_tokenizer = _splitting(rule)
     tokenizer.decoder = decoders.ByteLevel()
     if rule == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.add_tokens(
-        [
-            AddedToken(piece, special=kinds[token] == CONTROL, normalized=False)
-            for token, piece in enumerate(pieces)
-            if kinds[token] in (CONTROL, USER_DEFINED)
-        ]
-    )
-    if metadata.get("tokenizer.ggml.add_bos_token"):
-        bos = metadata["tokenizer.ggml.bos_token_id"]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{pieces[bos]} $A", special_tokens=[(pieces[bos], bos)]
-        )
     return tokenizer
+
+
+def _surround(tokenizer: Tokenizer, metadata: Mapping[str, Any], *, bos: bool) -> None:
+    """The tokens around a whole text. bos: what llama.cpp does for this kind of tokenizer if the file does not say."""
+    pieces = metadata["tokenizer.ggml.tokens"]
+    begin = metadata.get("tokenizer.ggml.bos_token_id") if metadata.get("tokenizer.ggml.add_bos_token", bos) else None
+    end = metadata.get("tokenizer.ggml.eos_token_id") if metadata.get("tokenizer.ggml.add_eos_token") else None
+    around = [token for token in (begin, end) if token is not None]
+    if around:
+        parts = [pieces[begin] if begin is not None else None, "$A", pieces[end] if end is not None else None]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[part for part in parts if part], special_tokens=[(pieces[token], token) for token in around]
+        )
 
 
 def _splitting(rule: str) -> pre_tokenizers.PreTokenizer:
@@ -58,7 +80,7 @@ def _splitting(rule: str) -> pre_tokenizers.PreTokenizer:
                     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
                 ]
             )
-        case "gpt-2" | "default":
+        case "gpt-2":
             return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         case "llama-bpe" | "qwen2":
             pattern = _LETTERS_DIGITS % ("1,3" if rule == "llama-bpe" else "1")

@@ -28,7 +28,7 @@ from typing import Any
 
 from bus.settings import Settings, SettingsError
 from gpu_worker.engine import EngineStartError
-from gpu_worker.gguf_convert import convert_gguf, write_json
+from gpu_worker.gguf_convert import convert_gguf, parts_of, write_json
 
 log = logging.getLogger(__name__)
 
@@ -83,14 +83,21 @@ def resolve_model(settings: Settings) -> Path:
 def _resolve_path(text: str, models: Path) -> Path:
     path = Path(text).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        stat = path.stat()
-        identity = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:8]
-        return convert_once(path, models / f"{path.stem.lower()}-{identity}", {}, show_nothing)
+        return convert_once(path, models / f"{path.stem.lower()}-{_identity(path)}", {}, log_progress())
     if path.is_dir():
         return path
     if not path.exists() and text.count("/") == 1 and not text.startswith((".", "/", "~")):
         return _from_hub(text, models)
     raise EngineStartError(f"MILLRACE_MODEL_PATH is {text}: no such GGUF file or directory")
+
+
+def _identity(path: Path) -> str:
+    """Another file of the same name and another content is another model."""
+    digest = hashlib.sha256()
+    for part in parts_of(path):
+        stat = part.stat()
+        digest.update(f"{part.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()[:8]
 
 
 def _from_hub(name: str, models: Path) -> Path:
@@ -204,6 +211,7 @@ def convert_once(source: Path, directory: Path, generation: dict[str, Any], prog
         convert_gguf(source, scratch, generation, lambda fraction: progress("converting", fraction))
         write_json(scratch / DONE, {"converter": CONVERTER, "source": source.name})
         for file in scratch.iterdir():
+            file.chmod(0o644)  # the library that writes weights gives them to their owner alone
             _sync(file)
         scratch.chmod(0o755)
         shutil.rmtree(directory, ignore_errors=True)  # of an older converter
@@ -244,6 +252,19 @@ def _sync(path: Path) -> None:
 
 def show_nothing(what: str, fraction: float) -> None:
     """For callers without a terminal."""
+
+
+def log_progress(clock: Callable[[], float] = time.monotonic, every_s: float = 2.0) -> Progress:
+    """For workers: how far it is, at most once every `every_s` seconds."""
+    next_s = clock() + every_s
+
+    def progress(what: str, fraction: float) -> None:
+        nonlocal next_s
+        if clock() >= next_s and fraction < 1.0:
+            next_s = clock() + every_s
+            log.info(what, extra={"percent": round(100 * fraction)})
+
+    return progress
 
 
 def show_bar(what: str, fraction: float) -> None:

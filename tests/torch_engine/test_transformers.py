@@ -247,6 +247,7 @@ def original(real_model_dir: Path) -> PreTrainedModel:
 STORY = "Write a story about a river and a mill. Once the river was high, and the miller's daughter said:"
 
 
+@pytest.mark.slow
 def test_the_default_models_logits_are_those_of_transformers(original: PreTrainedModel, real_model_dir: Path) -> None:
     tokens = Tokenizer.from_file(str(real_model_dir / "tokenizer.json")).encode(STORY).ids
 

@@ -1,0 +1,157 @@
+"""What a GGUF file says about its model, as the files of a Hugging Face directory say it. Pure.
+
+Strict: a field of the architecture that we do not know is refused by name, since it may change the numbers.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gpu_worker.engine import EngineStartError
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+KNOWN = {
+    *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"),
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
+    *("attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.freq_base", "rope.dimension_count"),
+    *("rope.scale_linear", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_factor"),
+    *("rope.scaling.original_context_length", "rope.scaling.finetuned", "rope.scaling.yarn_ext_factor"),
+    *("rope.scaling.yarn_attn_factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
+    *("tensor_data_layout",),
+}
+ROPE_FACTORS = "rope_freqs.weight"  # a tensor: how much each pair of dimensions is slowed down
+ENDS_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>")  # what llama.cpp stops at, whatever the fields say
+CONTROL = 3  # llama.cpp's token type
+
+Fields = Mapping[str, Any]
+
+
+def to_config(metadata: Fields, tensors: set[str], rope_factors: Sequence[float] | None) -> dict[str, Any]:
+    """tensors: GGUF's names. rope_factors: the values of ROPE_FACTORS, if it is there. Raises EngineStartError."""
+    kind = str(metadata.get("general.architecture"))
+    if kind not in ARCHITECTURES:
+        raise EngineStartError(f"GGUF architecture {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    fields = {name.removeprefix(f"{kind}."): value for name, value in metadata.items() if name.startswith(f"{kind}.")}
+    unknown = sorted(name for name in fields.keys() - KNOWN if fields[name] not in (0, False, ""))
+    if unknown:
+        raise EngineStartError(f"the GGUF file has {kind}.{unknown[0]} = {fields[unknown[0]]}, which is not supported")
+
+    def value(name: str) -> Any:
+        if name not in fields:
+            raise EngineStartError(f"the GGUF file lacks {kind}.{name}")
+        if isinstance(fields[name], list):
+            raise EngineStartError(f"GGUF files whose {kind}.{name} differs by layer are not supported")
+        return fields[name]
+
+    heads, hidden = value("attention.head_count"), value("embedding_length")
+    head_dim = fields.get("attention.key_length", hidden // heads)
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if fields.get(name, head_dim) != head_dim:
+            raise EngineStartError(f"{kind}.{name} = {fields[name]} is not supported: a head has {head_dim} values")
+    return {
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
+        "hidden_size": hidden,
+        "intermediate_size": value("feed_forward_length"),
+        "num_hidden_layers": value("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": value("attention.head_count_kv") if "attention.head_count_kv" in fields else heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": value("context_length"),
+        "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
+        "rope_theta": fields.get("rope.freq_base", 10_000.0),
+        **to_rope_scaling(fields, rope_factors),
+        **to_window(fields, kind),
+        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
+        "attention_bias": "blk.0.attn_output.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_down.bias" in tensors,
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "hidden_act": "silu",
+        "eos_token_id": to_ends(metadata),
+    }
+
+
+def to_rope_scaling(fields: Fields, rope_factors: Sequence[float] | None) -> dict[str, Any]:
+    """Nothing if positions are not scaled. Factors of each pair (Llama 3) are what config.json calls longrope, with
+    the same factors for every length."""
+    kind, factor = fields.get("rope.scaling.type", "none"), fields.get("rope.scaling.factor")
+    if "rope.scale_linear" in fields:  # how older files said it
+        kind, factor = "linear", fields["rope.scale_linear"]
+    if rope_factors is not None:
+        if kind != "none":
+            raise EngineStartError(f"a GGUF file with {ROPE_FACTORS} and RoPE scaling {kind!r} is not supported")
+        each = list(rope_factors)
+        return {
+            "rope_scaling": {
+                "rope_type": "longrope",
+                "factor": 1.0,
+                "attention_factor": 1.0,
+                "short_factor": each,
+                "long_factor": each,
+                "original_max_position_embeddings": fields["context_length"],
+            }
+        }
+    if kind == "none":
+        return {}
+    if not factor:
+        raise EngineStartError(f"a GGUF file with RoPE scaling {kind!r} and no factor is not supported")
+    if kind == "linear":
+        return {"rope_scaling": {"rope_type": "linear", "factor": factor}}
+    if kind == "yarn" and fields.get("rope.scaling.yarn_ext_factor", 1.0) == 1.0:
+        return {"rope_scaling": to_yarn(fields, factor)}
+    raise EngineStartError(f"a GGUF file with RoPE scaling {kind!r} is not supported; supported: linear, yarn")
+
+
+def to_yarn(fields: Fields, factor: float) -> dict[str, Any]:
+    """llama.cpp multiplies its attention factors with YaRN's own."""
+    own = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    given = fields.get("rope.scaling.attn_factor", 1.0) * fields.get("rope.scaling.yarn_attn_factor", 1.0)
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": fields.get("rope.scaling.original_context_length")
+        or fields["context_length"],
+        "attention_factor": own * given,
+        "beta_fast": fields.get("rope.scaling.yarn_beta_fast", 32.0),
+        "beta_slow": fields.get("rope.scaling.yarn_beta_slow", 1.0),
+    }
+
+
+def to_window(fields: Fields, kind: str) -> dict[str, Any]:
+    """Of every layer; the architecture that heeds it for Llama's tensors is Mistral's."""
+    window = fields.get("attention.sliding_window")
+    if not window:
+        return {}
+    if kind == "llama":
+        return {"architectures": ["MistralForCausalLM"], "sliding_window": window}
+    return {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0}
+
+
+def to_ends(metadata: Fields) -> list[int]:
+    """Tokens that end an answer."""
+    named = ("eos_token_id", "eot_token_id", "eom_token_id")
+    ends = {metadata[f"tokenizer.ggml.{name}"] for name in named if f"tokenizer.ggml.{name}" in metadata}
+    kinds = metadata.get("tokenizer.ggml.token_type", ())
+    ends |= {
+        token
+        for token, (piece, kind) in enumerate(zip(metadata["tokenizer.ggml.tokens"], kinds, strict=False))
+        if kind == CONTROL and piece in ENDS_OF_TURN
+    }
+    return sorted(ends)
+
+
+def to_tokenizer_config(metadata: Fields) -> dict[str, Any]:
+    pieces = metadata["tokenizer.ggml.tokens"]
+    ids = {
+        "bos_token": "bos_token_id",
+        "eos_token": "eos_token_id",
+        "unk_token": "unknown_token_id",
+        "pad_token": "padding_token_id",
+    }
+    named = {
+        name: pieces[metadata[f"tokenizer.ggml.{field}"]]
+        for name, field in ids.items()
+        if f"tokenizer.ggml.{field}" in metadata
+    }
+    template = metadata.get("tokenizer.chat_template")
+    return named | ({"chat_template": template} if template else {})
