@@ -77,6 +77,10 @@ class CellKeys:
     def tokens(self, job_id: JobId, fence: Fence) -> str:
         return f"{self._job}{job_id}:tokens:{fence}"
 
+    def logprobs(self, job_id: JobId, fence: Fence) -> str:
+        """Records of `bus.codec.logprobs`; only of a job that asks for them."""
+        return f"{self._job}{job_id}:logprobs:{fence}"
+
     def idem(self, tenant: str, key: str) -> str:
         return f"{self.prefix}idem:{quote(tenant, safe='')}:{quote(key, safe='')}"
 

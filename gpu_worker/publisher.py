@@ -10,7 +10,9 @@ A flush moves `sent`, its answer moves `stored`. A gap (the server has less than
 what the server has; a lost reply moves it back to `stored`, because repeats are dropped there and holes are not
 possible. Answers of calls issued before such a rewind say nothing new and are passed over. One take = at most one
 flush for all sequences and one finish for all that ended; the finish carries the last text, so a short job costs its
-share of one call. At most UNANSWERED_MAX calls are out; beyond that pieces coalesce in the jobs.
+share of one call. At most UNANSWERED_MAX calls are out; beyond that pieces coalesce in the jobs. Log probabilities of
+a job that asks for them (`answer_log`) move with its tokens: a record is never stored without its token, nor a token
+without its record.
 """
 
 import sys
@@ -21,6 +23,7 @@ import msgspec
 
 from bus.codec.wire import Finished, FinishReply, FlushReply, Gap, Moved, Route, Stop, Stored
 from bus.ids import Fence, JobId
+from gpu_worker.answer_log import AnswerLog
 from gpu_worker.engine import End, Piece, SequenceId
 
 UNANSWERED_MAX = 8
@@ -49,6 +52,7 @@ class Held:
         "first_s",
         "job_id",
         "keeps_tokens",
+        "log",
         "overdue",
         "rewound_at",
         "route",
@@ -74,6 +78,7 @@ class Held:
         forced_text: bytes = b"",
         forced_tokens: Iterable[int] = (),
         keeps_tokens: bool = True,
+        log: AnswerLog | None = None,
     ) -> None:
         self.job_id = job_id
         self.fence = fence
@@ -89,6 +94,7 @@ class Held:
         self.start_tokens = len(self.tokens)
         self.stored_text = self.sent_text = len(self.text)
         self.stored_tokens = self.sent_tokens = len(self.tokens)
+        self.log = log  # None: the job does not ask for log probabilities
         self.end: End | None = None
         self.rewound_at = 0  # number of the last call issued before the latest rewind
         self.bytes_kept = 0
@@ -101,11 +107,16 @@ class Held:
         self.text += piece.text
         if self.keeps_tokens:
             self.tokens.extend(piece.tokens)
+        if self.log is not None:
+            self.log.append(piece.logprobs)
         self.end = piece.end
 
-    def rewind(self, text_len: int, token_len: int, issued: int) -> None:
+    def rewind(self, text_len: int, token_len: int, logprobs_len: int | None, issued: int) -> None:
+        """logprobs_len: None = as far as is known to be stored."""
         self.sent_text = self.stored_text = min(text_len, len(self.text))
         self.sent_tokens = self.stored_tokens = min(token_len, len(self.tokens))
+        if self.log is not None:
+            self.log.rewind(logprobs_len)
         self.rewound_at = issued
 
 
@@ -117,6 +128,23 @@ class Slice(msgspec.Struct, frozen=True):
     text_to: int
     token_from: int
     token_to: int
+    log_from: int = 0
+    log_to: int = 0
+
+    @property
+    def is_empty(self) -> bool:
+        return self.text_to == self.text_from and self.token_to == self.token_from and self.log_to == self.log_from
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it reaches the end of what there is."""
+        held = self.held
+        at_end = self.text_to == len(held.text) and self.token_to == len(held.tokens)
+        return at_end and (held.log is None or self.log_to == held.log.size)
+
+    @property
+    def logprobs(self) -> bytes | None:
+        return None if self.held.log is None else self.held.log.cut(self.log_from, self.log_to)
 
     @property
     def text(self) -> bytes:
@@ -244,13 +272,14 @@ class Publisher:
             if len(flushes) >= JOBS_PER_CALL or len(finishes) >= JOBS_PER_CALL:
                 break
             part = next_slice(held)
-            is_whole = part.text_to == len(held.text) and part.token_to == len(held.tokens)
-            if held.end is not None and is_whole:
+            if held.end is not None and part.is_last:
                 finishes.append(part)
-            elif part.text_to > part.text_from or part.token_to > part.token_from:
+            elif not part.is_empty:
                 flushes.append(part)
             held.sent_text, held.sent_tokens = part.text_to, part.token_to
-            if is_whole:
+            if held.log is not None:
+                held.log.sent = part.log_to
+            if part.is_last:
                 del self._dirty[sequence]
         self._urgent = bool(self._dirty)  # what did not fit goes with the next call, not with the next tick
         self._next_s = now_s + self._flush_s
@@ -276,23 +305,27 @@ class Publisher:
                 case Stored():
                     held.stored_text = max(held.stored_text, part.text_to)
                     held.stored_tokens = max(held.stored_tokens, part.token_to)
+                    if held.log is not None:
+                        held.log.stored = max(held.log.stored, part.log_to)
                 case Finished():
                     held.stored_text, held.stored_tokens = part.text_to, part.token_to
+                    if held.log is not None:
+                        held.log.stored = part.log_to
                     if held.sequence in self._held:
                         finished.append(held)
                     self._finished(held, now_s)
                 case Stop():
                     self._forget(held)
                     stopped.append(held)
-                case Gap(text_len=text_len, token_len=token_len):
-                    if text_len > len(held.text):
+                case Gap():
+                    if answer.text_len > len(held.text) or (held.log and answer.logprobs_len not in held.log):
                         self._forget(held)  # somebody else wrote under our fence: cannot be, and must not be made worse
                         stopped.append(held)
                     else:
-                        self._rewind(held, text_len, token_len, call.number)
+                        self._rewind(held, call.number, answer)
                 case Moved(route=route):
                     held.route = route
-                    self._rewind(held, held.stored_text, held.stored_tokens, call.number)
+                    self._rewind(held, call.number)
         return finished, stopped
 
     def failed(self, call: Call, now_s: float, *, pause: bool = False) -> None:
@@ -302,12 +335,12 @@ class Publisher:
             self._paused_s = now_s + PAUSE_S
         for part in call.slices:
             if self._held.get(part.held.sequence) is part.held or part.held.bytes_kept:
-                self._rewind(part.held, part.held.stored_text, part.held.stored_tokens, call.number)
+                self._rewind(part.held, call.number)
 
     def repeat_kept(self) -> int:
         """Send all kept finishes again: the server is another one, or lost its last second."""
         for _, held in self._kept.values():
-            self._rewind(held, held.stored_text, held.stored_tokens, self._issued)
+            self._rewind(held, self._issued)
         return len(self._kept)
 
     def repeat_finish(self, sequence: SequenceId) -> bool:
@@ -315,7 +348,7 @@ class Publisher:
         kept = self._kept.get(sequence)
         if kept is None:
             return False
-        self._rewind(kept[1], kept[1].stored_text, kept[1].stored_tokens, self._issued)
+        self._rewind(kept[1], self._issued)
         return True
 
     def expire(self, now_s: float) -> None:
@@ -329,10 +362,14 @@ class Publisher:
             else:
                 self._forget(held)
 
-    def _rewind(self, held: Held, text_len: int, token_len: int, number: int) -> None:
+    def _rewind(self, held: Held, number: int, gap: Gap | None = None) -> None:
+        """To what the server says it has, else to what is known to be stored."""
         if number <= held.rewound_at and not held.bytes_kept:
             return
-        held.rewind(text_len, token_len, self._issued)
+        if gap is None:
+            held.rewind(held.stored_text, held.stored_tokens, None, self._issued)
+        else:
+            held.rewind(gap.text_len, gap.token_len, gap.logprobs_len, self._issued)
         self._dirty[held.sequence] = held
         self._urgent = True
 
@@ -346,7 +383,7 @@ class Publisher:
     def _keep(self, held: Held, now_s: float) -> None:
         """As the youngest."""
         self._forget_kept(held)
-        held.bytes_kept = len(held.text) + 4 * len(held.tokens) + HELD_BYTES
+        held.bytes_kept = len(held.text) + 4 * len(held.tokens) + (held.log.kept if held.log else 0) + HELD_BYTES
         self._kept_bytes += held.bytes_kept
         self._kept[held.sequence] = (now_s + self._keep_s, held)
 
@@ -362,9 +399,19 @@ class Publisher:
 
 def next_slice(held: Held) -> Slice:
     """From what was sent last, up to SLICE_BYTES_MAX, never inside a character. Tokens go ahead of their text."""
-    text_to = len(held.text)
-    if text_to - held.sent_text > SLICE_BYTES_MAX:
-        text_to = held.sent_text + SLICE_BYTES_MAX
-        while held.text[text_to] & 0xC0 == 0x80:
-            text_to -= 1
-    return Slice(held, held.sent_text, text_to, held.sent_tokens, len(held.tokens))
+    text_to, token_to, log = min(len(held.text), held.sent_text + SLICE_BYTES_MAX), len(held.tokens), held.log
+    if log is None:
+        return Slice(held, held.sent_text, _whole(held, text_to), held.sent_tokens, token_to)
+    part = log.next_part(SLICE_BYTES_MAX)
+    if part.text_at is not None:  # neither tokens nor text may be ahead of their records
+        text_to = max(held.sent_text, min(text_to, part.text_at))
+        if held.keeps_tokens:
+            token_to = held.start_tokens + part.records
+    return Slice(held, held.sent_text, _whole(held, text_to), held.sent_tokens, token_to, log.sent, part.end)
+
+
+def _whole(held: Held, text_to: int) -> int:
+    """Back to where a character begins."""
+    while text_to < len(held.text) and held.text[text_to] & 0xC0 == 0x80:
+        text_to -= 1
+    return text_to

@@ -35,6 +35,7 @@ from bus.ids import Fence, Holder, JobId, NodeId
 from bus.keys import WORKERS_GROUP
 from bus.link import Entry, LinkDown, LinkError, to_entry
 from bus.settings import Settings
+from gpu_worker.answer_log import ANSWER_BYTES_MAX
 from gpu_worker.engine import End, Engine, GenerateRequest, Piece
 from gpu_worker.lease import LeaseThread, Tenure
 from gpu_worker.publisher import Call, EngineFault, Held, Publisher
@@ -188,6 +189,7 @@ class NodeService:
             payload = assignment.payload or await cell.payload(job_id)
             text = await cell.text(job_id, fence) if assignment.text_len else b""
             tokens = await cell.tokens(job_id, fence) if assignment.token_len else ()
+            stored = await cell.logprobs_len(job_id, fence) if assignment.logprobs and assignment.text_len else 0
         except LinkError as error:
             log.warning("job not fetched", extra={"job": job_id, "error": str(error)})
             return  # it stays pending: read again after the reconnect, or reclaimed as unread
@@ -196,13 +198,20 @@ class NodeService:
             await self._put_away(assignment.entry_id, f"{job_id} has no such payload or progress")
             return
         text, tokens = text[: assignment.text_len], tokens[: assignment.token_len]
-        await self._begin(assignment, payload, text, tokens, now_s)
+        await self._begin(assignment, payload, text, tokens, now_s, stored)
 
     async def _begin(
-        self, assignment: Assignment, payload: bytes, text: bytes, tokens: tuple[int, ...], now_s: float
+        self,
+        assignment: Assignment,
+        payload: bytes,
+        text: bytes,
+        tokens: tuple[int, ...],
+        now_s: float,
+        stored_logprobs: int = 0,
     ) -> None:
         job = decode_payload(payload)
-        held = to_held(assignment, now_s, text, tokens, keeps_tokens=self._resumes and (bool(tokens) or not text))
+        keeps_tokens = self._resumes and (bool(tokens) or not text)
+        held = to_held(assignment, now_s, text, tokens, keeps_tokens=keeps_tokens, stored_logprobs=stored_logprobs)
         self._publisher.hold(held)
         if job is None:  # no node of this release can read it: another attempt would only close more breakers
             message = "the payload is no job of this release"
@@ -281,6 +290,8 @@ class NodeService:
             self._engine.cancel(piece.sequence)
             self._hand_back(broken, "node_error", str(error))
             return True
+        if held is not None and held.log is not None and held.log.full:
+            self._refuse_rest(held)
         if piece.end is None or held is None:
             return piece.end is not None
         if piece.end.reason == "error" and piece.end.fault == "node":
@@ -290,6 +301,16 @@ class NodeService:
                 piece.end, reason="error", error_code="deadline_exceeded", error_message="the job's deadline has passed"
             )
         return True
+
+    def _refuse_rest(self, held: Held) -> None:
+        """More log probabilities than an answer may have."""
+        if held.end is None:
+            self._engine.cancel(held.sequence)
+        else:
+            message = f"the log probabilities of this answer have more than {ANSWER_BYTES_MAX} bytes; ask for fewer"
+            held.end = msgspec.structs.replace(
+                held.end, reason="error", error_code="bad_request", error_message=message, fault="client"
+            )
 
     def _pump(self) -> None:
         """Send what is due, unless we must be silent; then wait for the next due time, an answer or a piece."""

@@ -5,6 +5,7 @@ import msgspec
 from bus.codec.entries import Assignment
 from bus.codec.wire import FinishPiece, FlushPiece
 from bus.jobs import ChatJob, decode_job
+from gpu_worker.answer_log import AnswerLog
 from gpu_worker.engine import End
 from gpu_worker.publisher import Held, Slice
 
@@ -24,7 +25,9 @@ def to_held(
     tokens: tuple[int, ...] = (),
     *,
     keeps_tokens: bool = True,
+    stored_logprobs: int = 0,
 ) -> Held:
+    """stored_logprobs: bytes of them that earlier attempts stored."""
     return Held(
         assignment.job_id,
         assignment.fence,
@@ -35,12 +38,23 @@ def to_held(
         forced_text=text,
         forced_tokens=tokens,
         keeps_tokens=keeps_tokens,
+        log=AnswerLog(stored_logprobs) if assignment.logprobs else None,
     )
 
 
 def to_flush_piece(part: Slice) -> FlushPiece:
     held = part.held
-    return FlushPiece(held.job_id, held.fence, held.route, part.text_from, part.text, part.token_from, part.tokens)
+    return FlushPiece(
+        held.job_id,
+        held.fence,
+        held.route,
+        part.text_from,
+        part.text,
+        part.token_from,
+        part.tokens,
+        logprobs_offset=part.log_from,
+        logprobs=part.logprobs,
+    )
 
 
 def to_finish_piece(part: Slice) -> FinishPiece:
@@ -58,4 +72,6 @@ def to_finish_piece(part: Slice) -> FinishPiece:
         error_code=end.error_code,
         error_message=end.error_message,
         fault=end.fault,
+        logprobs_offset=part.log_from,
+        logprobs=part.logprobs,
     )

@@ -169,7 +169,7 @@ class Caller:
         known = self._calls.get(submission.job_id)
         if known is not None:
             return await self._follow(JobHandle(known, 0, existing=True), known, cell, stream=job.stream)
-        call = self._enter(submission.job_id, Following(streamed=job.stream), submission)
+        call = self._enter(submission.job_id, _following(job), submission)
         handle = JobHandle(call, 0)
         call.asking = asyncio.get_running_loop().create_future()
         try:
@@ -310,9 +310,7 @@ class Caller:
         known = call
         if answer.job_id != call.job_id:
             self._leave(call)
-            known = self._calls.get(answer.job_id) or self._enter(
-                answer.job_id, Following(streamed=same.job.stream), same
-            )
+            known = self._calls.get(answer.job_id) or self._enter(answer.job_id, _following(same.job), same)
         known.submission = known.submission or same
         if known.where == "asking" and known.asking is None:
             known.move_to("here" if answer.gateway == self.id else "elsewhere")
@@ -358,6 +356,8 @@ class Caller:
                 if call.submission is None:
                     call.policy = found.policy
                 self._watch.expect_by(call, found.deadline_ms)
+                if found.logprobs:
+                    call.following.score()
                 if call.following.markers == markers:  # else a marker that we have heard since is the newer one
                     call.following.marker(found.fence, found.text_len)
                 self._watch.settle(call)
@@ -399,6 +399,10 @@ class Caller:
                 self._watch.check_all_soon()
 
         self._tasks.append(asyncio.create_task(keep_up(), name=f"{self.id} {name}"))
+
+
+def _following(job: ChatJob) -> Following:
+    return Following(streamed=job.stream, scored=job.logprobs is not None)
 
 
 def refused_end(refused: Refused) -> Ended:

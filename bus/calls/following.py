@@ -8,6 +8,8 @@ replaced, streams may be read twice or with holes, and a server may have forgott
   first difference the answer cannot be continued honestly and ends `interrupted`.
 - A frame, marker or end beyond what is known leaves a hole, which is filled from the stored text (`hole()` says which
   bytes of which attempt); frames are never needed twice, so a hole costs one read.
+- Log probabilities, of a job that asks for them, come beside the text and by the same rules (`LogprobLog`). Text is
+  taken only together with those that belong to it.
 - The first end wins; whatever comes later changes nothing.
 
                 marker            frame(offset <= known)         end(text_len <= known)
@@ -16,6 +18,15 @@ replaced, streams may be read twice or with holes, and a server may have forgott
 """
 
 import msgspec
+
+from bus.calls.logprob_log import LogprobLog
+
+
+class Records(msgspec.Struct, frozen=True):
+    """Log probabilities that came with a text: whole records, from byte `offset` of all on."""
+
+    offset: int
+    data: bytes
 
 
 class Ended(msgspec.Struct, frozen=True):
@@ -33,11 +44,14 @@ class Ended(msgspec.Struct, frozen=True):
 
 
 class Hole(msgspec.Struct, frozen=True):
-    """Bytes [start, end) of the text stored for `fence` are missing here; end None = all there is."""
+    """Bytes [start, end) of the text stored for `fence` are missing here; end None = all there is.
+
+    logprobs_from: read the stored records from there too, after the text; None = they are not asked for."""
 
     fence: str
     start: int
     end: int | None
+    logprobs_from: int | None = None
 
 
 def interrupted(message: str, new_tokens: int = 0) -> Ended:
@@ -53,10 +67,11 @@ class Following:
     until the end. `fence` is "" until the first marker (or until an attach named it).
     """
 
-    __slots__ = ("_pending_end", "_target", "ended", "fence", "markers", "streamed", "text")
+    __slots__ = ("_pending_end", "_target", "ended", "fence", "logprobs", "markers", "streamed", "text")
 
-    def __init__(self, *, streamed: bool, fence: str = "") -> None:
+    def __init__(self, *, streamed: bool, fence: str = "", scored: bool = False) -> None:
         self.streamed = streamed
+        self.logprobs = LogprobLog() if scored else None  # None: the job does not ask for them
         self.fence = fence
         self.text = bytearray()
         self.ended: Ended | None = None
@@ -68,6 +83,10 @@ class Following:
         """Frames count from now on: somebody wants them of a job whose first caller waits for the whole."""
         self.streamed = True
 
+    def score(self) -> None:
+        """The job turned out to ask for log probabilities."""
+        self.logprobs = self.logprobs or LogprobLog()
+
     def marker(self, fence: str, text_len: int) -> None:
         """A new attempt took over; it starts at `text_len`, with the same bytes below that."""
         if self.ended is not None or self._pending_end is not None:
@@ -75,13 +94,17 @@ class Following:
         self.markers += 1
         self.fence = fence
         self._target = text_len if self.streamed else 0
+        if self.logprobs is not None and not text_len:
+            self.logprobs.reset()
 
-    def frame(self, fence: str, offset: int, text: bytes) -> None:
-        if self.ended is not None or fence != self.fence or not self.streamed:
+    def frame(self, fence: str, offset: int, text: bytes, records: Records | None = None) -> None:
+        if self._is_over() or fence != self.fence or not self.streamed:
             return
         known = len(self.text)
-        if offset > known:
+        if offset > known or not self._take_records(records):
             self._target = max(self._target, offset + len(text))
+            return
+        if self._is_over():
             return
         overlap = known - offset
         if overlap and not text.startswith(bytes(self.text[offset : offset + len(text)])[:overlap]):
@@ -90,15 +113,30 @@ class Following:
         self.text += text[overlap:]
         self._settle()
 
-    def end(self, fence: str, text_len: int, ended: Ended, text: bytes | None) -> None:
-        """The terminal. `text` is the whole answer where the entry carried it, None where it is to be read."""
+    def end(
+        self,
+        fence: str,
+        text_len: int,
+        ended: Ended,
+        text: bytes | None,
+        logprobs_len: int = 0,
+        records: bytes | None = None,
+    ) -> None:
+        """The terminal. `text` is the whole answer where the entry carried it, None where it is to be read; so are its
+        `records`, which have `logprobs_len` bytes."""
         if self.ended is not None or self._pending_end is not None:
             return
         if fence:
             self.fence = fence
+        if self.logprobs is not None:
+            if records is not None and not self.streamed:
+                self.logprobs.reset()
+                self._take_records(Records(0, records))
+            self.logprobs.expect(logprobs_len)
         if text is not None and not self.streamed:
             self.text[:] = text
-            self.ended = ended
+            self._pending_end, self._target = ended, 0
+            self._settle()
             return
         if text_len < len(self.text):
             # Only after a rollback or a re-drive: less was kept than was shown. What was shown stays shown.
@@ -114,20 +152,21 @@ class Following:
 
     def hole(self) -> Hole | None:
         """What has to be read from the stored text before this answer can go on; None when nothing is missing."""
-        if self.ended is not None or len(self.text) >= self._target or not self.fence:
+        if self.ended is not None or self._whole or not self.fence:
             return None
-        return Hole(self.fence, len(self.text), self._target)
+        logprobs_from = None if self.logprobs is None else len(self.logprobs.raw)
+        return Hole(self.fence, len(self.text), max(self._target, len(self.text)), logprobs_from)
 
-    def filled(self, hole: Hole, data: bytes) -> bool:
+    def filled(self, hole: Hole, data: bytes, records: bytes = b"") -> bool:
         """Bytes read for `hole`. False if nothing came: the stored text is gone or shorter; ask for the job's state."""
         if self.ended is not None or hole.start > len(self.text):
             return True
-        if not data:
-            return False
+        if hole.logprobs_from is not None and records:
+            self._take_records(Records(hole.logprobs_from, records))
         fresh = data[len(self.text) - hole.start :]
         self.text += fresh
         self._settle()
-        return bool(fresh) or len(self.text) >= self._target
+        return bool(fresh) or self._whole
 
     def give_up(self, ended: Ended) -> None:
         """End without the rest of the text (it is gone, or the stream went to another gateway)."""
@@ -138,6 +177,25 @@ class Following:
         """The end that is held back until its text is whole."""
         return self._pending_end if self.ended is None else None
 
+    def _is_over(self) -> bool:
+        return self.ended is not None
+
+    @property
+    def _whole(self) -> bool:
+        """Whether all is here that is known to be stored."""
+        return len(self.text) >= self._target and not (self.logprobs is not None and self.logprobs.missing)
+
+    def _take_records(self, records: Records | None) -> bool:
+        """False: there is a hole before them."""
+        if records is None or self.logprobs is None:
+            return True
+        self.logprobs.expect(records.offset + len(records.data))
+        try:
+            return self.logprobs.take(records.offset, records.data)
+        except ValueError:
+            self.ended = interrupted("a node sent log probabilities that cannot be read")
+            return True
+
     def _settle(self) -> None:
-        if self._pending_end is not None and len(self.text) >= self._target:
+        if self.ended is None and self._pending_end is not None and self._whole:
             self.ended = self._pending_end

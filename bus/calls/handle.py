@@ -11,15 +11,19 @@ import msgspec
 
 from bus.calls.call import Call
 from bus.calls.following import Ended
+from bus.codec.logprobs import TokenLogprobs
 from bus.codec.wire import Policy
 from bus.ids import JobId
 
 
 class TextDelta(msgspec.Struct, frozen=True):
-    """Bytes offset..end of the answer, whole UTF-8 characters. `end` is what a client resumes from."""
+    """Bytes offset..end of the answer, whole UTF-8 characters. `end` is what a client resumes from.
+
+    logprobs: of the tokens that begin in these bytes; None: the job does not ask for them."""
 
     offset: int
     text: bytes
+    logprobs: tuple[TokenLogprobs, ...] | None = None
 
     @property
     def end(self) -> int:
@@ -48,6 +52,7 @@ class JobHandle:
     def __init__(self, call: Call, position: int, *, existing: bool = False) -> None:
         self._call = call
         self._position = position
+        self._record, self._generation = 0, 0  # where we are in the log of log probabilities
         self._waiter: asyncio.Future[None] | None = None
         self._closed = False
         self.existing = existing  # the job was there before this call: same id or idempotency key
@@ -80,7 +85,7 @@ class JobHandle:
         if len(following.text) > self._position and (following.streamed or following.ended is not None):
             start = align(following.text, self._position)
             self._position = len(following.text)
-            return TextDelta(start, bytes(following.text[start:]))
+            return TextDelta(start, bytes(following.text[start:]), self._logprobs(start, self._position))
         if following.ended is not None:
             return Finished(following.ended, len(following.text))
         return Detached(call.taken_by) if call.taken_by else None
@@ -112,7 +117,7 @@ class JobHandle:
                 return
 
     async def result(self) -> tuple[bytes, Ended]:
-        """The whole answer and its end; waits at most until the job's deadline.
+        """The whole answer and its end; waits at most until the job's deadline. For its log probabilities: `logprobs`.
 
         It also serves a caller whose stream went elsewhere: the stored terminal is asked for.
         """
@@ -121,6 +126,20 @@ class JobHandle:
             await self._wait()
         self._position = len(following.text)
         return bytes(following.text), following.ended
+
+    def logprobs(self) -> tuple[TokenLogprobs, ...] | None:
+        """Of the whole answer so far; None: the job does not ask for them."""
+        following = self._call.following
+        return None if following.logprobs is None else following.logprobs.read(0, 0, len(following.text))[0]
+
+    def _logprobs(self, start: int, end: int) -> tuple[TokenLogprobs, ...] | None:
+        log = self._call.following.logprobs
+        if log is None:
+            return None
+        if self._generation != log.generation:
+            self._record, self._generation = 0, log.generation
+        found, self._record = log.read(self._record, start, end)
+        return found
 
     def close(self, policy: Policy | None = None) -> None:
         """Give the handle up; never blocks. If it was the job's last and the job is not over, `policy` (default: the

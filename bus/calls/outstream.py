@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping
 
 from bus.calls.call import Call, to_ended
+from bus.calls.following import Records
 from bus.calls.watch import CallWatch
 from bus.cell import Cell
 from bus.codec.entries import Answer, Detached, End, Frame, Marker, OutEntry, parse_out
@@ -97,10 +98,12 @@ class OutStreams:
         following = call.following
         match entry:
             case Frame():
-                following.frame(entry.fence, entry.offset, entry.text)
+                records = None if entry.logprobs is None else Records(entry.logprobs_at, entry.logprobs)
+                following.frame(entry.fence, entry.offset, entry.text, records)
             case End():
                 whole = entry.text if len(entry.text) == entry.text_len else None
-                following.end(entry.fence, entry.text_len, to_ended(entry), whole)
+                log = entry.logprobs if len(entry.logprobs or b"") == entry.logprobs_len else None
+                following.end(entry.fence, entry.text_len, to_ended(entry), whole, entry.logprobs_len, log)
             case Marker():
                 call.node = entry.node
                 following.marker(entry.fence, entry.text_len)

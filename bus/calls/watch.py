@@ -13,9 +13,9 @@ from typing import Any
 import msgspec
 
 from bus.calls.call import Call, Errand, after_loss, next_step, to_ended, where_of
-from bus.calls.following import Ended, Hole, interrupted
+from bus.calls.following import Ended, Hole, Records, interrupted
 from bus.cell import Cell
-from bus.codec.wire import Accepted, JobRecord, NotYours, Refused, Submission, attempt_of
+from bus.codec.wire import Accepted, JobRecord, NotYours, Refused, Submission, attempt_of, make_fence
 from bus.ids import Fence, GatewayId, JobId, parse_cell
 from bus.link import LinkError
 from bus.settings import Settings
@@ -212,13 +212,14 @@ class CallWatch:
     async def _take_end(self, call: Call, cell: Cell, record: JobRecord) -> None:
         following = call.following
         text = None if following.streamed and following.text else await cell.text(call.job_id, record.fence)
+        records = await self._stored_records(call, cell, record, 0)
         if not following.streamed:
-            following.end(record.fence, record.text_len, to_ended(record), text)
+            following.end(record.fence, record.text_len, to_ended(record), text, len(records or b""), records)
             return
-        following.end(record.fence, record.text_len, to_ended(record), None)
+        following.end(record.fence, record.text_len, to_ended(record), None, len(records or b""))
         hole = following.hole()
         if text is not None and hole is not None and hole.start == 0:
-            following.filled(hole, text)
+            following.filled(hole, text, (records or b"")[hole.logprobs_from or 0 :])
 
     async def _take_stored(self, call: Call, cell: Cell, record: JobRecord) -> None:
         """No frames come of a plain producer's job: read what is stored. That of a new attempt is read from its
@@ -230,7 +231,17 @@ class CallWatch:
             following.marker(record.fence, 0)
             start = 0
         if record.text_len > start:
-            following.frame(record.fence, start, await cell.text(call.job_id, record.fence, start))
+            text = await cell.text(call.job_id, record.fence, start)
+            known = len(following.logprobs.raw) if start and following.logprobs is not None else 0
+            records = await self._stored_records(call, cell, record, known)
+            following.frame(record.fence, start, text, None if records is None else Records(known, records))
+
+    async def _stored_records(self, call: Call, cell: Cell, record: JobRecord, start: int) -> bytes | None:
+        """Stored log probabilities from byte `start` on, if the job asks for them. Read them after the text."""
+        if not record.logprobs:
+            return None
+        call.following.score()
+        return await cell.logprobs(call.job_id, record.fence, start)
 
     async def _renew(self, cell: Cell) -> None:
         try:
@@ -251,8 +262,10 @@ class CallWatch:
         cell = self._cell(call.job_id)
         try:
             while (hole := call.following.hole()) is not None:
-                data = await cell.text(call.job_id, Fence(hole.fence), hole.start, hole.end)
-                if not call.following.filled(hole, data):
+                fence, start = Fence(hole.fence), hole.logprobs_from
+                data = await cell.text(call.job_id, fence, hole.start, hole.end)
+                records = b"" if start is None else await cell.logprobs(call.job_id, fence, start)
+                if not call.following.filled(hole, data, records):
                     await self._explain_hole(call, cell, hole)
                     break
         except LinkError as error:
@@ -293,11 +306,14 @@ class CallWatch:
         """Submit the same id again, with what was shown of it."""
         following = call.following
         shown = bytes(following.text) if following.streamed else b""
+        floor = attempt_of(Fence(following.fence)) if following.fence else 0
+        if shown and following.logprobs is not None:
+            await cell.keep_logprobs(call.job_id, make_fence(floor, "r"), bytes(following.logprobs.raw))
         again = msgspec.structs.replace(
             submission,
             job=msgspec.structs.replace(submission.job, stream=following.streamed),
             redrive=True,
-            attempt_floor=attempt_of(Fence(following.fence)) if following.fence else 0,
+            attempt_floor=floor,
             shown_text=shown,
             deadline_at_ms=call.deadline_ms,
         )

@@ -62,7 +62,8 @@ class FollowCalls(CellBase):
                 case b"attached":
                     fence = Fence(answer[2].decode())
                     policy: Policy = "keep" if answer[5] == b"keep" else "cancel"
-                    return Attached(job_id, answer[1].decode(), fence, int(answer[3]), int(answer[4]), policy)
+                    state, text_len, deadline_ms, scored = answer[1].decode(), answer[3], answer[4], answer[6]
+                    return Attached(job_id, state, fence, int(text_len), int(deadline_ms), policy, scored == 1)
                 case b"plain" | b"ended" | b"unknown":
                     return await self.job(job_id) or Unknown(job_id)
         return Unknown(job_id)
@@ -86,6 +87,18 @@ class FollowCalls(CellBase):
     async def tokens(self, job_id: JobId, fence: Fence) -> tuple[int, ...]:
         """Stored token ids of the attempt; empty once the job has ended."""
         return unpack_tokens(await self.link.send("GET", self.keys.tokens(job_id, fence)) or b"")
+
+    async def logprobs(self, job_id: JobId, fence: Fence, start: int = 0) -> bytes:
+        """Stored records (bus.codec.logprobs) of the attempt from byte `start` on; empty if not there."""
+        found: bytes = await self.link.send("GETRANGE", self.keys.logprobs(job_id, fence), start, -1)
+        return found
+
+    async def logprobs_len(self, job_id: JobId, fence: Fence) -> int:
+        return int(await self.link.send("STRLEN", self.keys.logprobs(job_id, fence)))
+
+    async def keep_logprobs(self, job_id: JobId, fence: Fence, raw: bytes) -> None:
+        """Before a job is driven again under `fence`, a key that nobody else writes: the records of its shown text."""
+        await self.link.send("SET", self.keys.logprobs(job_id, fence), raw, "PX", self.settings.job_keep_ms)
 
     async def payload(self, job_id: JobId) -> bytes | None:
         """msgpack of the ChatJob (bus.jobs.decode_job); None once the job has ended or is gone."""
@@ -147,4 +160,5 @@ def _to_record(job_id: JobId, values: Mapping[str, bytes], text_len: int) -> Job
         error_code=text("error_code"),
         error_message=text("error_message"),
         score=values["score"],
+        logprobs=spec.logprobs,
     )

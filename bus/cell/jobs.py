@@ -244,7 +244,8 @@ class JobCalls(CellBase):
         names += (own, out, gateway_jobs, quota, keys.idem(s.tenant, s.idem_key) if s.idem_key else own)
         names.append(keys.text(s.job_id, make_fence(s.attempt_floor, "r")) if s.redrive else own)
         names.append(keys.payload(s.job_id) if len(payload) > PAYLOAD_INLINE_MAX else own)
-        args += (s.job_id, s.route.encode(), s.policy, "s" if s.job.stream else "")
+        flags = ("s" if s.job.stream else "") + ("l" if s.job.logprobs is not None else "")
+        args += (s.job_id, s.route.encode(), s.policy, flags)
         args += (secrets.randbits(31) if seed is None else seed, s.est_prompt, s.est_new, payload, s.deadline_in_ms)
         idem = b"%d %b" % (self.settings.idem_extra_ms, record) if record else b""
         args += (s.deadline_at_ms, s.quota_max, idem, "1" if s.redrive else "", s.attempt_floor if s.redrive else 0)
@@ -311,6 +312,7 @@ class JobCalls(CellBase):
                 fence = make_fence(attempt_of(pick.fence) + 1, pick.nonce)
                 keys += (cell_keys.text(pick.job_id, pick.fence), cell_keys.tokens(pick.job_id, pick.fence))
                 keys += (cell_keys.text(pick.job_id, fence), cell_keys.tokens(pick.job_id, fence))
+                keys += (cell_keys.logprobs(pick.job_id, pick.fence), cell_keys.logprobs(pick.job_id, fence))
             args += (pick.entry_id, pick.job_id, pick.fence, pick.nonce, pick.out, pick.score, len(pick.nodes))
             args += [index[node] for node in pick.nodes]
         answers = await self._call("assign", keys, args)

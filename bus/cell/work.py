@@ -39,6 +39,7 @@ class WorkCalls(CellBase):
             names += (keys.job(p.job_id), keys.text(p.job_id, p.fence), keys.tokens(p.job_id, p.fence))
             names.append(keys.out(p.route.out))
             args += (p.job_id, p.fence, p.route.encode(), p.text_offset, p.text, p.token_offset, p.tokens)
+        self._add_logprobs(pieces, names, args)
         answers = await self._call("flush", names, args)
         raise_if_superseded(node, holder, answers)
         return [_to_flushed(answer) for answer in answers]
@@ -62,9 +63,19 @@ class WorkCalls(CellBase):
             names += (keys.payload(p.job_id), out, gateway_jobs, usage, quota)
             args += (p.job_id, p.fence, p.route.encode(), p.text_offset, p.text, p.reason, p.prompt_tokens)
             args += (p.new_tokens, p.error_code, p.error_message, p.fault)
+        self._add_logprobs(pieces, names, args)
         answers = await self._call("finish", names, args)
         raise_if_superseded(node, holder, answers)
         return [_to_finished(answer) for answer in answers]
+
+    def _add_logprobs(
+        self, pieces: Sequence[FlushPiece | FinishPiece], names: list[str], args: list[str | bytes | int]
+    ) -> None:
+        """Behind all pieces, so that those which bring none pay nothing."""
+        for at, p in enumerate(pieces, 1):
+            if p.logprobs is not None:
+                names.append(self.keys.logprobs(p.job_id, p.fence))
+                args += (at, p.logprobs_offset, p.logprobs)
 
     async def requeue(
         self, job_id: JobId, fence: Fence, why: RequeueWhy, detail: str = ""
@@ -85,7 +96,7 @@ def _to_flushed(answer: list[Any]) -> FlushReply:
         case 1:
             return Stored(answer[1], answer[2])
         case 2:
-            return Gap(answer[1], answer[2])
+            return Gap(*answer[1:])
         case 3:
             return Stop(answer[1].decode())
         case _:
@@ -97,7 +108,7 @@ def _to_finished(answer: list[Any]) -> FinishReply:
         case 1:
             return Finished(answer[1].decode())
         case 2:
-            return Gap(answer[1], answer[2])
+            return Gap(*answer[1:])
         case 3:
             return Stop(answer[1].decode())
         case _:

@@ -37,8 +37,10 @@ class Frame(msgspec.Struct, frozen=True):
     job_id: JobId
     fence: Fence
     offset: int  # UTF-8 bytes of the answer before this text
-    text: bytes
+    text: bytes  # empty if only log probabilities came
     count: int  # tokens that came with it
+    logprobs_at: int = 0
+    logprobs: bytes | None = None  # whole records (bus.codec.logprobs) from that byte of all on; None: not asked for
 
 
 class End(msgspec.Struct, frozen=True):
@@ -56,6 +58,8 @@ class End(msgspec.Struct, frozen=True):
     error_message: str
     retry_after_ms: int
     text: bytes  # whole answer if the job did not stream and it is <= 256 KiB; else read it with Cell.text
+    logprobs_len: int = 0
+    logprobs: bytes | None = None  # the same for the records; None: the job does not ask for them
 
 
 class Detached(msgspec.Struct, frozen=True):
@@ -92,6 +96,7 @@ class Assignment(msgspec.Struct, frozen=True):
     est_prompt: int
     est_new: int
     payload: bytes  # empty if > 8 KiB: read it with Cell.payload
+    logprobs: bool = False  # the job asks for them
 
 
 class Control(msgspec.Struct, frozen=True):
@@ -132,6 +137,8 @@ def _parse_out(fields: Fields) -> OutEntry:
             offset=read.count(fields, "offset"),
             text=fields["text"],
             count=read.count(fields, "count"),
+            logprobs_at=read.count(fields, "logprobs_at") if "logprobs" in fields else 0,
+            logprobs=fields.get("logprobs"),
         )
     if kind == b"end":
         return _parse_end(fields)
@@ -171,6 +178,8 @@ def _parse_end(fields: Fields) -> End:
         error_message=fields["error_message"].decode("utf-8", "replace"),
         retry_after_ms=read.count(fields, "retry_after_ms"),
         text=fields["text"],
+        logprobs_len=read.count(fields, "logprobs_len") if "logprobs" in fields else 0,
+        logprobs=fields.get("logprobs"),
     )
 
 
@@ -194,6 +203,7 @@ def _parse_assignment(entry_id: str, fields: Fields) -> Assignment:
         est_prompt=spec.est_prompt,
         est_new=spec.est_new,
         payload=fields["payload"],
+        logprobs=spec.logprobs,
     )
 
 

@@ -98,6 +98,16 @@ def record_places(raw: bytes | bytearray, start: int = 0) -> list[tuple[int, int
     return places
 
 
+def record_heads(raw: bytes) -> list[tuple[int, int]]:
+    """(at, end) of each record that `encode_record` and `encode_restart` wrote."""
+    places, start = [], 0
+    while start < len(raw):
+        size, at, _ = _HEAD.unpack_from(raw, start)
+        start += size
+        places.append((at, start))
+    return places
+
+
 def shown_records(raw: bytes | bytearray, text_len: int) -> list[TokenLogprobs]:
     """The records of a text of `text_len` bytes, in order: without those that another engine's have taken the place of,
     and those of which nothing is shown. Raises ValueError."""

@@ -61,6 +61,7 @@ class Spec(msgspec.Struct, frozen=True):
     deadline_ms: int
     est_prompt: int
     est_new: int
+    logprobs: bool = False
 
 
 def parse_spec(text: str) -> Spec:
@@ -75,6 +76,7 @@ def parse_spec(text: str) -> Spec:
         deadline_ms=within(int(deadline), MOMENT_MAX),
         est_prompt=within(int(est_prompt), COUNT_MAX),
         est_new=within(int(est_new), COUNT_MAX),
+        logprobs="l" in flags,
     )
 
 
@@ -289,6 +291,8 @@ class FlushPiece(msgspec.Struct, frozen=True):
     text: bytes  # whole UTF-8 characters
     token_offset: int
     tokens: bytes  # pack_tokens
+    logprobs_offset: int = 0
+    logprobs: bytes | None = None  # whole records (bus.codec.logprobs); None: the job does not ask for them
 
 
 class FinishPiece(msgspec.Struct, frozen=True):
@@ -305,6 +309,8 @@ class FinishPiece(msgspec.Struct, frozen=True):
     error_code: str = ""
     error_message: str = ""
     fault: Literal["", "client", "node"] = ""  # client errors never count against the node
+    logprobs_offset: int = 0
+    logprobs: bytes | None = None
 
 
 class Stored(msgspec.Struct, frozen=True):
@@ -317,6 +323,7 @@ class Gap(msgspec.Struct, frozen=True):
 
     text_len: int
     token_len: int
+    logprobs_len: int = 0
 
 
 class Stop(msgspec.Struct, frozen=True):
@@ -428,6 +435,7 @@ class JobRecord(msgspec.Struct, frozen=True):
     error_code: str = ""
     error_message: str = ""
     score: bytes = b""  # terms of its last assignment
+    logprobs: bool = False  # it asks for log probabilities
 
     @property
     def ended(self) -> bool:
@@ -444,6 +452,7 @@ class Attached(msgspec.Struct, frozen=True):
     text_len: int
     deadline_ms: int
     policy: Policy = "cancel"
+    logprobs: bool = False  # the job asks for log probabilities
 
 
 class Unknown(msgspec.Struct, frozen=True):

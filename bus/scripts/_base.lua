@@ -47,7 +47,7 @@ local function has_word(words, word)
 end
 
 -- What is fixed at submit, packed in one field because each field of a hash costs: model, flags (s = streams,
--- i = an idempotency record names it, b = its payload has a key of its own, - = none), policy, seed, created, deadline,
+-- l = asks for log probabilities, i = an idempotency record names it, b = its payload has a key of its own, - = none), policy, seed, created, deadline,
 -- estimated prompt and new tokens.
 local SPEC = '^(%S+) (%S+) (%S+) (%S+) (%S+) (%S+) (%S+) (%S+)$'
 

@@ -1,6 +1,6 @@
 -- Reserve a node for each of up to 64 queued jobs. First all is read and decided, then written, deletions first.
 -- KEYS leases, queue, then 4 a node (hash, running, load, jobs), then a pick's job and out, and, if it has been tried
--- before, the text and tokens of the old fence and of the new one.
+-- before, the text and tokens of the old fence and of the new one, and its log probabilities of both.
 -- ARGV prefix, model, unread_ms, alone_ms, out_ttl, load_ttl, nodes, node ids, picks, then a pick's entry, job, fence,
 -- nonce, out, score, how many nodes, their indexes.
 local leases_key, queue_key = KEYS[1], KEYS[2]
@@ -130,8 +130,8 @@ for i = 1, pick_count do
   local p = {job_id = job_id, job = KEYS[key_at + 1], out = KEYS[key_at + 2], score = score, at = i, entry = entry}
   key_at = key_at + 2
   if fence ~= '0.0' then
-    p.old_text, p.old_tokens, p.text, p.tokens = unpack(KEYS, key_at + 1, key_at + 4)
-    key_at = key_at + 4
+    p.old_text, p.old_tokens, p.text, p.tokens, p.old_logprobs, p.logprobs = unpack(KEYS, key_at + 1, key_at + 6)
+    key_at = key_at + 6
   end
   local h = call('HMGET', p.job, 'state', 'fence', 'route', 'place', 'spec', 'payload', 'alone', 'avoid', 'resume')
   p.h = h
@@ -148,7 +148,7 @@ for i = 1, pick_count do
   else
     local n, waits, late
     local _, flags, _, _, _, deadline, est_prompt, est_new = string.match(h[5], SPEC)
-    p.streams = find(flags, 's', 1, true)
+    p.streams, p.scored = find(flags, 's', 1, true), find(flags, 'l', 1, true)
     if tonumber(deadline) <= now then
       late = true
     elseif filled(h[7]) then
@@ -213,6 +213,10 @@ local function copy_progress(p, resume)
   if text_len > 0 then
     call('COPY', p.old_text, p.text, 'REPLACE')
     call('PEXPIRE', p.old_text, 60000)
+    -- Without text the attempt begins anew, and so do its log probabilities.
+    if p.scored and call('COPY', p.old_logprobs, p.logprobs, 'REPLACE') == 1 then
+      call('PEXPIRE', p.old_logprobs, 60000)
+    end
   end
   if token_len > 0 then
     if filled(resume) and resume == p.node.resume then

@@ -1,10 +1,11 @@
 -- use: _node
 -- End attempts. First all is read and decided, then written, deletions first, so that work drains at maxmemory.
 -- KEYS node, running, load, node jobs, deadlines, wake, then a piece's job, text, tokens, payload, out, gateway's set,
--- usage, quota (the job's own key where it has none).
+-- usage, quota (the job's own key where it has none); then the logprobs of each piece that has some.
 -- ARGV holder, epoch, prefix, out_ttl, result_ttl, node_keep, text_max, pieces, node id, then a piece's job, fence, route, text offset, text,
--- reason, prompt tokens, new tokens, error code, error message, fault.
--- Answers per piece {1, state} finished, {2, text_len, token_len} gap, {3, why} stop, {4, route} moved.
+-- reason, prompt tokens, new tokens, error code, error message, fault;
+-- then of each that has logprobs its number, their offset, the records.
+-- Answers per piece {1, state} finished, {2, text_len, token_len, logprobs_len} gap, {3, why} stop, {4, route} moved.
 local node_key, running_key, load_key, jobs_key, deadlines_key, wake_key = unpack(KEYS, 1, 6)
 local prefix = ARGV[3]
 local out_ttl, result_ttl, text_max = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[7])
@@ -17,6 +18,12 @@ end
 
 local answers, ending, members, entries, ids, sets, models = {}, {}, {}, {}, {}, {}, {}
 local seen = {}
+local pieces = tonumber(ARGV[8])
+local scored = {}
+for k = 1, #KEYS - 6 - pieces * KEYS_EACH do
+  local at = 9 + pieces * ARGS_EACH + (k - 1) * 3
+  scored[tonumber(ARGV[at + 1])] = {key = KEYS[6 + pieces * KEYS_EACH + k], at = tonumber(ARGV[at + 2]), records = ARGV[at + 3]}
+end
 
 local function decide(i)
   local k, a = 6 + (i - 1) * KEYS_EACH, 9 + (i - 1) * ARGS_EACH
@@ -38,8 +45,10 @@ local function decide(i)
   end
   p.text_len = call('STRLEN', p.text_key)
   local text_at = tonumber(p.text_at)
-  if text_at > p.text_len then
-    return {2, p.text_len, floor(call('STRLEN', p.tokens_key) / 4)}
+  p.log = scored[i]
+  p.log_len = p.log and call('STRLEN', p.log.key) or 0
+  if text_at > p.text_len or (p.log and p.log.at > p.log_len) then
+    return {2, p.text_len, floor(call('STRLEN', p.tokens_key) / 4), p.log_len}
   end
   p.new = sub(p.text, p.text_len - text_at + 1)
   local model, flags = string.match(h[5], SPEC)
@@ -69,7 +78,7 @@ local function decide(i)
   return {1, p.state}
 end
 
-for i = 1, tonumber(ARGV[8]) do
+for i = 1, pieces do
   answers[i] = decide(i)
 end
 if #ending == 0 then
@@ -106,6 +115,17 @@ local function store_text(p)
   return total, (not p.stream and total <= text_max) and whole or ''
 end
 
+-- The same for its log probabilities. Answers what is new, how much is stored, the whole.
+local function store_logprobs(p)
+  local fresh = sub(p.log.records, p.log_len - p.log.at + 1)
+  if fresh ~= '' then
+    call('APPEND', p.log.key, fresh)
+  end
+  call('PEXPIRE', p.log.key, p.ttl)
+  local total = p.log_len + #fresh
+  return fresh, total, (not p.stream and total <= text_max and total > 0) and call('GET', p.log.key) or ''
+end
+
 local ok, bad, client = 0, 0, 0
 for _, p in ipairs(ending) do
   if p.quota ~= p.job then
@@ -130,12 +150,19 @@ for _, p in ipairs(ending) do
     try('HINCRBY', p.usage, 'prompt_tokens', p.prompt_tokens)
     try('HINCRBY', p.usage, 'new_tokens', p.new_tokens)
   end
-  if p.stream and p.new ~= '' then
-    send(p.out, out_ttl, 'type', 'frame', 'job', p.job_id, 'fence', p.fence, 'offset', before, 'text', p.new, 'count', 0)
+  local frame_more, end_more = {}, {}
+  if p.log then
+    local fresh, log_total, all = store_logprobs(p)
+    frame_more = {'logprobs_at', p.log_len, 'logprobs', fresh}
+    end_more = {'logprobs_len', log_total, 'logprobs', all}
+  end
+  if p.stream and (p.new ~= '' or (frame_more[4] or '') ~= '') then
+    send(p.out, out_ttl, 'type', 'frame', 'job', p.job_id, 'fence', p.fence, 'offset', before, 'text', p.new, 'count', 0,
+      unpack(frame_more))
   end
   send(p.out, out_ttl, 'type', 'end', 'job', p.job_id, 'fence', p.fence, 'state', p.state, 'reason', p.reason,
     'text_len', total, 'prompt_tokens', p.prompt_tokens, 'new_tokens', p.new_tokens, 'node', ARGV[9],
-    'error_code', p.code, 'error_message', p.message, 'retry_after_ms', 0, 'text', whole)
+    'error_code', p.code, 'error_message', p.message, 'retry_after_ms', 0, 'text', whole, unpack(end_more))
   if p.state == 'done' then
     ok = ok + 1
   elseif p.fault == 'client' then
