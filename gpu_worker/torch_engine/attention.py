@@ -43,12 +43,12 @@ class Attention(Protocol):
 
 
 def reference_attend(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-    """Plain causal attention of one sequence, for tests.
+    """Plain causal attention of one sequence: what tests and probes hold the others to.
 
     query: (tokens, heads, head_dim), scaled, at `positions`; keys, values: (length, kv_heads, head_dim).
     """
     repeat = query.shape[1] // keys.shape[1]
     scores = torch.einsum("thd,shd->hts", query, keys.repeat_interleave(repeat, 1))
-    hidden = torch.arange(keys.shape[0])[None, :] > positions[:, None]
+    hidden = torch.arange(keys.shape[0], device=keys.device)[None, :] > positions[:, None]
     weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), -1)
     return torch.einsum("hts,shd->thd", weights, values.repeat_interleave(repeat, 1)).flatten(1)
