@@ -121,6 +121,8 @@ class EngineCore:
             total_blocks=pool.total,
             idle=self.idle and not arriving,
             last_progress_s=self.last_progress_s,
+            drafted=self.drafted,
+            accepted=self.accepted,
         )
 
     def _prompt_budget(self) -> int:
@@ -150,20 +152,25 @@ class EngineCore:
         if sequence.state is State.FINISHED:  # it ended while this was on its way
             self.scheduler.collected(work, valid=0)
             return None
+        if work.drafts and not result.finite:
+            self._start_over(work)
+            return None
         answer = self._answers[sequence.id]
         right = agreed(work.drafts, result.tokens)
         text, taken, end = self._take(answer, result.drawn[: right + 1])
-        healthy = None not in result.tokens[: right + 1] if work.drafts else result.finite
-        if end is None and not healthy:
+        if not result.finite:
             end = _broken(answer)
-        self.scheduler.collected(work, valid=work.count - len(work.drafts) + right if healthy else 0)
+        self.scheduler.collected(work, valid=work.count - len(work.drafts) + right if result.finite else 0)
         self._judge(work, right)
         if end is not None:
             return self._finish(answer, text, taken, end)
-        if not result.finite:  # after a rejected draft: what was cleared held good numbers too
-            sequence.guesser = None
-            self.scheduler.preempt(sequence)
         return _piece(answer, text, taken, None) if taken else None
+
+    def _start_over(self, work: Work) -> None:
+        """A draft may be what is not finite, and then nothing of this step tells whose fault it is: again, without."""
+        work.sequence.guesser = None
+        self.scheduler.collected(work, valid=0)
+        self.scheduler.preempt(work.sequence)
 
     def _take(self, answer: Answer, drawn: tuple[SampledToken, ...]) -> tuple[str, tuple[int, ...], End | None]:
         """Tokens become part of the answer until it ends or numbers are not finite. Text, tokens, and how it ended."""

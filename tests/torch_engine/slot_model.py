@@ -6,6 +6,7 @@ Tokens are few and mostly follow from the two before them, so guesses (speculati
 Costs microseconds, so whole lives of engines can be tried by the hundred.
 """
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -77,7 +78,7 @@ def slot_engine(
     eos: frozenset[int] = frozenset(),
 ) -> Assembled:
     """directory: of a tiny model, for its tokenizer."""
-    text = TextModel(directory)
+    text = _text(directory)
     model = SlotModel(blocks, text, block_tokens=block_tokens)
     scheduler = Scheduler(
         BlockPool(blocks, block_tokens, prefix_cache=prefix_cache), capacity=capacity, chunk_max=chunk_max
@@ -86,3 +87,8 @@ def slot_engine(
         Runner(model, device=torch.device("cpu"), depth=depth), scheduler, eos=eos or text.eos, speculate=speculate
     )
     return Assembled(core, model, text, blocks * block_tokens, 1, "", 1)
+
+
+@cache
+def _text(directory: Path) -> TextModel:
+    return TextModel(directory)

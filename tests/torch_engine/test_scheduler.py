@@ -1,14 +1,16 @@
 """What the next step computes. Plain values in, plans out: no tensor is needed to test any of it."""
 
 import random
+from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpu_worker.torch_engine.kv_blocks import BlockPool
 from gpu_worker.torch_engine.plan import Plan
 from gpu_worker.torch_engine.scheduler import Scheduler
 from gpu_worker.torch_engine.sequence import SamplingChoice, Sequence, State
+from gpu_worker.torch_engine.speculation import Guesser
 
 BLOCK = 4
 
@@ -29,7 +31,7 @@ def perform(one: Scheduler, plan: Plan) -> None:
     for work in plan.work:
         if work.samples:
             work.sequence.tokens.append(hash(tuple(work.sequence.tokens)) % 997)
-        one.collected(work, valid=work.count)
+        one.collected(work, valid=work.count - len(work.drafts))
         if work.samples and len(work.sequence.tokens) >= work.sequence.total_max:
             one.remove(work.sequence)
 
@@ -156,6 +158,7 @@ def test_a_removed_sequence_gives_its_blocks_back_at_once() -> None:
     prefix_cache=st.booleans(),
     seed=st.integers(0, 1000),
 )
+@settings(deadline=None)
 def test_every_sequence_ends_with_the_same_tokens_as_alone(
     prompts: list[int], new: int, blocks: int, capacity: int, chunk_max: int, prefix_cache: bool, seed: int
 ) -> None:
@@ -185,6 +188,7 @@ def test_every_sequence_ends_with_the_same_tokens_as_alone(
 
 
 @given(st.integers(1, 40), st.lists(st.integers(1, 50), min_size=1, max_size=6))
+@settings(deadline=None)
 def test_a_step_never_takes_more_prompt_tokens_than_its_budget(chunk_max: int, prompts: list[int]) -> None:
     one = scheduler(blocks=200, capacity=6, chunk_max=chunk_max)
     for number, length in enumerate(prompts):
@@ -195,3 +199,107 @@ def test_a_step_never_takes_more_prompt_tokens_than_its_budget(chunk_max: int, p
         assert sum(w.count for w in plan.prefill) <= chunk_max
         assert len(plan.decode) >= decoding, "a running answer was left out"
         perform(one, plan)
+
+
+def test_a_short_prompt_does_not_wait_for_all_of_a_long_one() -> None:
+    """Half of the budget is for it until it is done; the long one goes on with the other half."""
+    one = scheduler(blocks=600, chunk_max=100)
+    one.add(sequence("long", [1] * 2000))
+    perform(one, one.plan())
+    one.add(sequence("short", [2] * 120))
+
+    plans = []
+    for _ in range(4):
+        plans.append(names(plan := one.plan()))
+        perform(one, plan)
+
+    assert [plan[1] for plan in plans] == [
+        [("short", 50), ("long", 50)],
+        [("short", 50), ("long", 50)],
+        [("short", 20), ("long", 80)],
+        [("long", 100)],
+    ]
+
+
+def test_prompts_of_about_the_same_length_come_one_after_the_other() -> None:
+    """Side by side all of them would be late; and the second may begin like the first, whose blocks it then reuses."""
+    one = scheduler(blocks=600, chunk_max=100)
+    for name in "abc":
+        one.add(sequence(name, [ord(name)] * 150))
+
+    first = one.plan()
+    perform(one, first)
+    second = one.plan()
+
+    assert names(first)[1] == [("a", 100)]
+    assert names(second)[1] == [("a", 50), ("b", 50)]
+
+
+def test_whoever_passes_leaves_a_slot_and_blocks_to_those_before() -> None:
+    def passing(*, blocks: int, capacity: int) -> list[str]:
+        one = scheduler(blocks=blocks, capacity=capacity, chunk_max=20)
+        for name, length in (("head", 200), ("next", 150), ("short", 12)):
+            one.add(sequence(name, [ord(name[0])] * length))
+        return [name for name, _ in names(one.plan())[1]]
+
+    assert passing(blocks=100, capacity=3) == ["short", "head"]
+    assert passing(blocks=100, capacity=2) == ["head"], "the second slot is for the next"
+    assert passing(blocks=50 + 38, capacity=3) == ["head"], "the blocks that are left are for the next"
+
+
+def test_a_long_prompt_ends_however_many_short_ones_arrive() -> None:
+    one = scheduler(blocks=600, capacity=4, chunk_max=20)
+    long = sequence("long", [1] * 400, new=1)
+    one.add(long)
+    for step in range(40):
+        one.add(sequence(f"short {step}", [2 + step] * 20, new=1))
+        perform(one, one.plan())
+
+    assert long.state is State.FINISHED
+
+
+def test_a_preempted_sequence_comes_back_before_anybody_new() -> None:
+    """So it is younger only than those who were there before it, and they end: it is not preempted for ever."""
+    one = scheduler(blocks=12, capacity=3, prefix_cache=False)
+    for name in "abc":
+        one.add(sequence(name, [ord(name)] * 12, new=20, total_max=48))
+    ended: list[str] = []
+    for step in range(400):
+        if step % 2:
+            one.add(sequence(f"new {step}", [step] * 8, new=4))
+        perform(one, one.plan())
+        ended += [name for name in "abc" if name not in ended and name not in present(one)]
+        if len(ended) == 3:
+            break
+
+    assert ended == ["a", "b", "c"]
+    assert one.preemptions > 0
+    assert one.preemptions < 10, "blocks are given before there is room for what they are for"
+
+
+def present(one: Scheduler) -> set[str]:
+    return {each.id for each in [*one.running, *one.waiting]}
+
+
+class Parrot(Guesser):
+    def guess(self, tokens: Any, answer_len: int, room: int) -> tuple[int, ...]:
+        return (7,) * max(0, min(room, 8))
+
+
+@given(st.integers(1, 40), st.lists(st.integers(1, 50), min_size=1, max_size=6), st.integers(1, 20))
+@settings(deadline=None)
+def test_prompts_and_drafts_share_one_budget(budget: int, prompts: list[int], new: int) -> None:
+    one = scheduler(blocks=60, capacity=6, chunk_max=budget)
+    for number, length in enumerate(prompts):
+        each = sequence(str(number), [number] * length, new=new)
+        each.guesser = Parrot(8)
+        one.add(each)
+    while not one.idle:
+        plan = one.plan()
+        assert sum(w.count for w in plan.prefill) + sum(len(w.drafts) for w in plan.decode) <= budget
+        for work in plan.decode:
+            after = work.start + work.count
+            assert after <= len(work.sequence.blocks) * BLOCK, "a draft without a place"
+            assert after < work.sequence.total_max, "a guess of a token that will not be asked for"
+        perform(one, plan)
+        one.check_integrity()
