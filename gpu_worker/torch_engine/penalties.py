@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.torch_engine.sequence import SamplingChoice
+from gpu_worker.torch_engine.transfer import send
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +44,9 @@ def plan_adjustments(
     repeats = [choice.repetition_penalty != 1.0 for choice in choices]
     biases = [choice.logit_bias for choice in choices]
     return Adjustments(
-        rows=torch.tensor([row for row, _, _, _ in asked], device=device),
+        rows=send(torch.tensor([row for row, _, _, _ in asked]), device),
         bias_at=_places([[token for token, _ in bias] for bias in biases], device),
-        bias=torch.tensor([value for bias in biases for _, value in bias], dtype=torch.float32, device=device),
+        bias=send(torch.tensor([value for bias in biases for _, value in bias], dtype=torch.float32), device),
         answer_at=_places([tokens[start:] if choice.penalised else () for _, choice, tokens, start in asked], device),
         prompt_at=_places(
             [tokens[:start] if repeat else () for repeat, (_, _, tokens, start) in zip(repeats, asked, strict=True)],
@@ -76,9 +77,9 @@ def adjust(logits: Tensor, adjustments: Adjustments, late_tokens: Tensor | None)
 
 
 def _places(tokens: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    rows = torch.tensor([row for row, ones in enumerate(tokens) for _ in ones], dtype=torch.int64, device=device)
-    return rows, torch.tensor(list(chain.from_iterable(tokens)), dtype=torch.int64, device=device)
+    rows = torch.tensor([row for row, ones in enumerate(tokens) for _ in ones], dtype=torch.int64)
+    return send(rows, device), send(torch.tensor(list(chain.from_iterable(tokens)), dtype=torch.int64), device)
 
 
 def _column(values: list[float], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+    return send(torch.tensor(values, dtype=torch.float32)[:, None], device)

@@ -18,20 +18,22 @@ from gpu_worker.torch_engine.sampler import (
     SampledToken,
     SampleRow,
     SamplerPlan,
+    Scores,
     plan_rows,
     sample_rows,
     to_host,
 )
+from gpu_worker.torch_engine.transfer import Arrival, send
 
 
 @dataclasses.dataclass(frozen=True)
 class Flight:
-    """A step on its way. Tensors lie on the device."""
+    """A step on its way."""
 
     batch: Batch
-    finite: Tensor  # (pieces,) bool: whether the last hidden row of each piece is
     sampler: SamplerPlan
-    sampled: Sampled
+    tokens: Tensor  # (sampled rows,) on the device: what a step launched before this one is read continues with
+    arrival: Arrival  # of (pieces,) bool, whether the last hidden row of each is finite, and of what was sampled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,27 +61,32 @@ class Runner:
 
     @torch.inference_mode()
     def launch(self, plan: Plan, before: Flight | None) -> Flight:
-        """before: the step in flight, launched last and not yet read."""
+        """before: the step in flight, launched last and not yet read. Nothing here waits for the device."""
         batch = build_batch(plan, block_tokens=self.model.block_tokens)
+        sampled_rows = send(batch.sample_rows, self._device)
         late_tokens = None
         rows, sources = late_rows(batch.work, before.batch.work if before else ())
         if before and rows:
-            at = torch.tensor(rows, device=self._device)
-            known = before.sampled.tokens[torch.tensor(sources, device=self._device)]
-            tokens = batch.tokens.to(self._device)
-            late_tokens = torch.full_like(tokens, -1).index_copy_(0, at, known)[batch.sample_rows]
+            at = send(torch.tensor(rows), self._device)
+            known = before.tokens[send(torch.tensor(sources), self._device)]
+            tokens = send(batch.tokens, self._device)
+            late_tokens = torch.full_like(tokens, -1).index_copy_(0, at, known)[sampled_rows]
             # -1 is a row that was not finite: whatever is computed for its sequence now is dropped when it is read
             batch = dataclasses.replace(batch, tokens=tokens.index_copy(0, at, known.clamp(min=0)))
         hidden = self.model.forward(batch)
-        finite = torch.isfinite(hidden[batch.last_rows]).all(-1)
+        finite = torch.isfinite(hidden[send(batch.last_rows, self._device)]).all(-1)
         sampler = plan_rows(_rows_to_sample(batch), self._device)
-        return Flight(batch, finite, sampler, self._draw(hidden[batch.sample_rows], sampler, late_tokens))
+        sampled = self._draw(hidden[sampled_rows], sampler, late_tokens)
+        scores = sampled.scores
+        scored = (scores.logprobs, scores.top_tokens, scores.top_logprobs) if scores else ()
+        return Flight(batch, sampler, sampled.tokens, Arrival([finite, sampled.tokens, *scored]))
 
     def read(self, flight: Flight) -> list[Result]:
         """Waits for the step. Results in the order of its rows."""
-        drawn = to_host(flight.sampled, flight.sampler)
+        finite_pieces, tokens, *scores = flight.arrival.wait()
+        drawn = to_host(Sampled(tokens, Scores(*scores) if scores else None), flight.sampler)
         results, at = [], 0
-        for work, finite in zip(flight.batch.work, flight.finite.tolist(), strict=True):
+        for work, finite in zip(flight.batch.work, finite_pieces.tolist(), strict=True):
             own = tuple(drawn[at : at + work.sampled])
             results.append(Result(work, own, finite and all(one.token is not None for one in own)))
             at += work.sampled

@@ -26,6 +26,7 @@ from gpu_worker.torch_engine.filters import Filters, pick
 from gpu_worker.torch_engine.logprob_trail import TokenScores
 from gpu_worker.torch_engine.penalties import Adjustments, adjust, plan_adjustments
 from gpu_worker.torch_engine.sequence import SamplingChoice
+from gpu_worker.torch_engine.transfer import send
 
 CANDIDATES = 128  # most draws end among the likeliest few; a row that needs more is sorted whole
 GREEDY_BELOW = 1e-5  # a temperature so small is greedy, and would overflow
@@ -88,7 +89,7 @@ def plan_rows(rows: Sequence[SampleRow], device: torch.device) -> SamplerPlan:
     return SamplerPlan(
         adjustments=plan_adjustments([(n, r.choice, r.tokens, r.prompt_len) for n, r in enumerate(rows)], device),
         drawn=_plan_draws(drawn, [rows[n] for n in drawn], device) if drawn else None,
-        scored=torch.tensor(scored, device=device) if scored else None,
+        scored=send(torch.tensor(scored), device) if scored else None,
         scored_rows=scored,
         tops=tuple(rows[n].choice.logprobs or 0 for n in scored),
     )
@@ -128,10 +129,10 @@ def sample(logits: Tensor, choices: Sequence[SamplingChoice], positions: Sequenc
 
 def _plan_draws(drawn: list[int], rows: list[SampleRow], device: torch.device) -> Draws:
     def column(values: list[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)[:, None]
+        return send(torch.tensor(values, dtype=dtype)[:, None], device)
 
     return Draws(
-        rows=torch.tensor(drawn, device=device),
+        rows=send(torch.tensor(drawn), device),
         temperature=column([row.choice.temperature for row in rows], torch.float32),
         filters=Filters(
             top_k=column([row.choice.top_k for row in rows], torch.int64),

@@ -14,6 +14,8 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host, on the device. One that is there already stays as it is."""
     if device.type == "cpu" or tensor.device.type != "cpu":
         return tensor
+    if not tensor.numel():
+        return torch.empty_like(tensor, device=device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
