@@ -109,6 +109,7 @@ class Settings:
     dtype: Dtype = _setting("auto", WORKER, "weights: `float32`, `bfloat16`, or `auto` by what the device is fast at")
     kv_tokens: int | None = _setting(None, WORKER, "tokens that the KV cache holds; empty: by model, capacity and memory", least=64)
     prefill_chunk: int = _setting(512, WORKER, "most prompt tokens processed in one step, so that running answers go on", least=1)
+    speculate: int = _setting(0, WORKER, "tokens guessed at once from what was said before (prompt lookup) and verified by the model; 0: none; 8 suits edits, quotes and code", least=0)
     flush_ms: int = _setting(30, WORKER, "how often tokens are published; the first goes at once", least=1)
 
     relay_connect_ms: int = _setting(3_000, RELAY, "longest wait for a connection to a node", least=10)

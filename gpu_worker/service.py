@@ -46,6 +46,7 @@ TICK_S = 0.25  # deadlines, kept finishes, the sign of life that the lease threa
 STARTED_S = 0.25  # how soon the server learns that a job was begun, so that its worker's death counts as a crash
 SPARE_ROOM = 2  # read ahead of the engine, so that a freed slot is filled without a round trip
 HAND_BACK_TRIES = 5
+TOO_MANY_LOGPROBS = f"the log probabilities of this answer have more than {ANSWER_BYTES_MAX} bytes; ask for fewer"
 LAST_FLUSH_S = 1.0  # of a drain: for what is unsent, and for finishes to be answered
 
 log = logging.getLogger(__name__)
@@ -307,10 +308,7 @@ class NodeService:
         if held.end is None:
             self._engine.cancel(held.sequence)
         else:
-            message = f"the log probabilities of this answer have more than {ANSWER_BYTES_MAX} bytes; ask for fewer"
-            held.end = msgspec.structs.replace(
-                held.end, reason="error", error_code="bad_request", error_message=message, fault="client"
-            )
+            held.end = End("error", error_code="bad_request", error_message=TOO_MANY_LOGPROBS, fault="client")
 
     def _pump(self) -> None:
         """Send what is due, unless we must be silent; then wait for the next due time, an answer or a piece."""

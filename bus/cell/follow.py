@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from bus.cell.base import CHANGE_TRIES_MAX, CellBase
+from bus.codec.spec import parse_spec
 from bus.codec.wire import (
     Attached,
     Cancelling,
@@ -15,7 +16,6 @@ from bus.codec.wire import (
     Unknown,
     WrongGateway,
     parse_route,
-    parse_spec,
     unpack_tokens,
 )
 from bus.ids import Fence, GatewayId, JobId

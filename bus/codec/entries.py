@@ -11,7 +11,8 @@ import msgspec
 from bus.codec import fields as read
 from bus.codec.events import ForeignEntry
 from bus.codec.fields import Fields
-from bus.codec.wire import TERMINAL_STATES, QueuedJob, Route, parse_route, parse_spec
+from bus.codec.spec import parse_spec
+from bus.codec.wire import TERMINAL_STATES, QueuedJob, Route, parse_route
 from bus.ids import Fence, Holder, JobId
 from bus.keys import QueueName
 

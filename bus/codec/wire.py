@@ -11,7 +11,6 @@ from urllib.parse import quote, unquote
 
 import msgspec
 
-from bus.codec.fields import COUNT_MAX, MOMENT_MAX, within
 from bus.ids import Fence, GatewayId, Holder, JobId, NodeId
 from bus.jobs import ChatJob
 from bus.keys import PRIORITY_NEW, QueueName
@@ -23,7 +22,6 @@ TERMINAL_STATES: frozenset[str] = frozenset({"done", "failed", "cancelled", "dup
 RequeueWhy = Literal["crash", "node_error", "drain", "unread", "relay_lost"]
 Policy = Literal["cancel", "keep"]  # what becomes of the job when its gateway is gone
 
-SEED_MAX = 2**63 - 1
 NO_FENCE = Fence("0.0")  # of a job that was never assigned
 
 
@@ -48,36 +46,6 @@ def parse_route(text: str) -> Route:
     out, *rest = text.split(" ")
     gateway, address, key_id = (*rest, "", "", "")[:3]
     return Route(out=out, gateway=GatewayId(gateway), address=unquote(address), key_id=unquote(key_id))
-
-
-class Spec(msgspec.Struct, frozen=True):
-    """What is fixed at submit: one text in the job hash and in the node's entry, as `_base.lua` describes it."""
-
-    model: str
-    stream: bool
-    policy: str
-    seed: int
-    created_ms: int
-    deadline_ms: int
-    est_prompt: int
-    est_new: int
-    logprobs: bool = False
-
-
-def parse_spec(text: str) -> Spec:
-    """Raises ValueError on a foreign text."""
-    model, flags, policy, seed, created, deadline, est_prompt, est_new = text.split(" ")
-    return Spec(
-        model=model,
-        stream="s" in flags,
-        policy=policy,
-        seed=within(int(seed), SEED_MAX, -SEED_MAX - 1),
-        created_ms=within(int(created), MOMENT_MAX),
-        deadline_ms=within(int(deadline), MOMENT_MAX),
-        est_prompt=within(int(est_prompt), COUNT_MAX),
-        est_new=within(int(est_new), COUNT_MAX),
-        logprobs="l" in flags,
-    )
 
 
 def new_nonce() -> str:

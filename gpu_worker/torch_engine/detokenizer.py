@@ -53,17 +53,23 @@ class TextStream:
     def stopped(self) -> bool:
         return self._scanner.stopped
 
-    @property
-    def held_bytes(self) -> int:
-        """UTF-8 bytes of the tokens fed so far that are not let out yet."""
-        return len(self._scanner.held.encode()) + len(self._decoder.getstate()[0])
+    def held_before(self, token: int) -> int:
+        """UTF-8 bytes that lie between the text let out so far and this token, which is about to be fed."""
+        begun = self._decoder.getstate()[0]
+        try:
+            codecs.utf_8_decode(begun + self._bytes_of(token)[:1], "strict", False)
+        except UnicodeDecodeError:  # the token does not go on with the character that was begun: that becomes U+FFFD
+            return len(self._scanner.held.encode()) + (3 if begun else 0)
+        return len(self._scanner.held.encode()) + len(begun)
 
     def feed(self, token: int) -> str:
         """Text that this token lets out. An id beyond the vocabulary (padding rows of the head) has no text."""
-        raw = self._token_bytes[token] if token < len(self._token_bytes) else b""
-        return self._scanner.feed(self._decoder.decode(raw))
+        return self._scanner.feed(self._decoder.decode(self._bytes_of(token)))
 
     def finish(self) -> str:
         """The answer is over: what was held back, incomplete characters as U+FFFD. May still find a stop string."""
         last = self._scanner.feed(self._decoder.decode(b"", final=True))
         return last if self.stopped else last + self._scanner.finish()
+
+    def _bytes_of(self, token: int) -> bytes:
+        return self._token_bytes[token] if token < len(self._token_bytes) else b""

@@ -33,7 +33,7 @@ class Answer:
         if self.trail is None:
             return self.stream.feed(token)
         if scores is not None:
-            self.trail.note(token, scores, self.stream.held_bytes)
+            self.trail.note(token, scores, self.stream.held_before(token))
         text = self.stream.feed(token)
         self.trail.let_out(text)
         return text
