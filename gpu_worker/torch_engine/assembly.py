@@ -89,7 +89,7 @@ def assemble(config: TorchEngineConfig) -> Assembled:
             "kv_tokens": blocks * model.block_tokens,
             "context": context,
             "prefill_rate": round(core.rates.prefill_rate),
-            "decode_rate": round(core.rates.decode_rate),
+            "decode_rate": round(core.rates.decode_rate([])),
         },
     )
     return assembled

@@ -104,16 +104,19 @@ class EngineCore:
 
     def load(self, *, arriving: int = 0) -> EngineLoad:
         """arriving: requests that are not sequences yet."""
-        pool, running = self.scheduler.pool, len(self.scheduler.running)
-        waiting = len(self.scheduler.waiting) + arriving
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        running, waiting = len(scheduler.running), len(scheduler.waiting) + arriving
+        typical = self.rates.sequence_tokens
         return EngineLoad(
             prefill_rate=self.rates.prefill_rate,
-            decode_rate=self.rates.decode_rate,
+            decode_rate=self.rates.decode_rate([(len(one.tokens) - 1, 1) for one in scheduler.running]),
             capacity=capacity_now(
-                slots=self.scheduler.capacity,
-                present=running + waiting,
+                slots=scheduler.capacity,
+                running=running,
+                waiting=waiting,
                 free_tokens=pool.free * pool.block_tokens,
-                sequence_tokens=self.rates.sequence_tokens,
+                waiting_tokens=scheduler.waiting_tokens + int(arriving * typical),
+                sequence_tokens=typical,
             ),
             running=running,
             waiting=waiting,
@@ -128,7 +131,11 @@ class EngineCore:
     def _prompt_budget(self) -> int:
         scheduler = self.scheduler
         return prompt_budget(
-            self.rates, chunk_max=scheduler.chunk_max, answering=scheduler.answering, arriving=scheduler.arriving
+            self.rates.step_time,
+            chunk_max=scheduler.chunk_max,
+            answers=scheduler.answers(),
+            prompts=scheduler.prompts(),
+            arriving=scheduler.arriving,
         )
 
     def _launch(self, plan: Plan, began_s: float) -> None:
@@ -137,12 +144,17 @@ class EngineCore:
         self.scheduler.launched(plan)
 
     def _collect(self, step: InFlight) -> StepReport:
-        results = self.runner.read(step.flight)
+        results, accepted = self.runner.read(step.flight), self.accepted
         pieces = [piece for result in results if (piece := self._settle(result)) is not None]
         began_s, self.last_progress_s = max(step.began_s, self.last_progress_s), self._clock()
-        prefill, decode = sum(work.count for work in step.plan.prefill), len(step.plan.decode)
-        self.rates.observe(prefill_tokens=prefill, decode_rows=decode, seconds=self.last_progress_s - began_s)
-        return StepReport(tuple(pieces), prefill, decode)
+        prefill, decode = step.plan.prefill, step.plan.decode
+        self.rates.observe(
+            decode=[work.piece for work in decode],
+            prefill=[work.piece for work in prefill],
+            new_tokens=len(decode) + self.accepted - accepted,
+            seconds=self.last_progress_s - began_s,
+        )
+        return StepReport(tuple(pieces), sum(work.count for work in prefill), len(decode))
 
     def _settle(self, result: Result) -> Piece | None:
         """One piece of work is done: its tokens go to the answer, as far as they hold and are wanted."""

@@ -3,6 +3,7 @@
 import dataclasses
 
 from gpu_worker.torch_engine.sequence import Sequence
+from gpu_worker.torch_engine.step_time import Piece
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +20,10 @@ class Work:
     @property
     def count(self) -> int:
         return len(self.tokens)
+
+    @property
+    def piece(self) -> Piece:
+        return self.start, self.count
 
     @property
     def samples(self) -> bool:

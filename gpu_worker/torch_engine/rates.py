@@ -1,65 +1,131 @@
-"""How fast the engine is, from what its steps took. Pure."""
+"""How fast the engine is, from what its steps took; how many prompt tokens the next takes; how many sequences fit.
 
-import dataclasses
+Pure. `StepTime` knows how long a step of any content takes. From it follow the tokens a second that the dispatcher
+scores nodes by: its score adds the wait for promised prompt tokens and for promised new tokens, so of a step with both
+kinds of work each gets its share of the time, and neither rate counts the other's.
+"""
 
-WEIGHT = 0.1  # of the newest step in the moving averages
-CHUNK_LEAST = 8  # fewer rows cost about as much as these
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from gpu_worker.torch_engine.step_time import Piece, StepTime, load_of
+
+FOLLOW = 0.1  # weight of the newest value in the moving averages
+PREFILL_MEMORY = 2048  # prompt tokens after which what was measured before counts half
 CHUNK_S = 0.5  # a longer chunk computes no faster, and whoever could be answered in between would wait for it
-CHUNK_TELLING = 16  # shorter chunks say less about the prefill rate
+STALL = 2.0  # of its own token intervals that a running answer waits for a prompt, per step
+AIM = 0.9  # of that: what is between two steps takes time too
+CAREFUL = 2.0  # standard deviations by which an expectation may be wrong and the promise still holds
+NOISE_HEEDED = 0.2  # a machine noisier than this stalls answers itself; prompts must get on nevertheless
 
 
-@dataclasses.dataclass
 class Rates:
-    """Tokens per second, moving averages. A step with both kinds of work is split by what decode steps take alone."""
+    """Of one engine. Nothing is forgotten while it idles: it is as fast afterwards as it was before."""
 
-    prefill_rate: float = 0.0
-    decode_rate: float = 0.0  # of the whole engine at its recent batch
-    decode_step_s: float = 0.0
-    decode_rows: float = 0.0  # of the steps that decode_step_s is about
-    sequence_tokens: float = 512.0  # what a finished sequence held, for the capacity
+    def __init__(self) -> None:
+        self.step_time = StepTime()
+        self.sequence_tokens = 512.0  # what a finished sequence held, for the capacity
+        self._prompt_tokens = 0.0  # lately computed ones, those from the prefix cache left out ...
+        self._prompt_s = 0.0  # ... and what they took
+        self._row_tokens = 1.0  # that a decode piece gives its answer: more with accepted drafts
 
-    def observe(self, *, prefill_tokens: int, decode_rows: int, seconds: float) -> None:
-        if seconds <= 0:
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second; 0 while unknown."""
+        return self._prompt_tokens / self._prompt_s if self._prompt_s else 0.0
+
+    def decode_rate(self, answers: Sequence[Piece]) -> float:
+        """New tokens per second of the engine with these answers; with a typical one if there is none. 0: unknown."""
+        if not self.step_time.steps:
+            return 0.0
+        pieces = answers or [(int(self.sequence_tokens / 2), 1)]
+        return len(pieces) * self._row_tokens / self.step_time.expected_s(load_of(pieces))
+
+    def observe(
+        self, *, decode: Sequence[Piece], prefill: Sequence[Piece], seconds: float, new_tokens: int | None = None
+    ) -> None:
+        """One step. new_tokens: that its decode pieces gave their answers; each one if not said."""
+        if not (decode or prefill) or not 0.0 < seconds < math.inf:
             return
-        if not prefill_tokens and decode_rows:
-            self.decode_step_s = _average(self.decode_step_s, seconds)
-            self.decode_rows = _average(self.decode_rows, decode_rows)
-            self.decode_rate = _average(self.decode_rate, decode_rows / seconds)
-        elif prefill_tokens:
-            for_decode = min(self.expected_step_s(decode_rows), seconds / 2)
-            weight = WEIGHT * min(1.0, prefill_tokens / CHUNK_TELLING)
-            self.prefill_rate = _average(self.prefill_rate, prefill_tokens / (seconds - for_decode), weight)
+        self.step_time.observe(load_of(decode, prefill), seconds)
+        if decode:
+            given = len(decode) if new_tokens is None else new_tokens
+            self._row_tokens = _follow(self._row_tokens, given / len(decode))
+        if prefill:
+            self._observe_prefill(decode, prefill, seconds)
 
-    def expected_step_s(self, rows: int) -> float:
-        """Of a decode step; each row more than lately costs at least what a row of a prompt costs."""
-        if not rows or not self.decode_step_s or not self.prefill_rate:
-            return self.decode_step_s if rows else 0.0
-        return self.decode_step_s + max(0.0, rows - self.decode_rows) / self.prefill_rate
+    def _observe_prefill(self, decode: Sequence[Piece], prefill: Sequence[Piece], seconds: float) -> None:
+        """Sums, so that a short chunk weighs as much as it took; of a mixed step the decode pieces' share is theirs."""
+        expected_s = self.step_time.expected_s
+        share = 1 - expected_s(load_of(decode)) / expected_s(load_of(decode, prefill)) if decode else 1.0
+        tokens = sum(count for _, count in prefill)
+        kept = 0.5 ** (tokens / PREFILL_MEMORY)
+        self._prompt_tokens = kept * self._prompt_tokens + tokens
+        self._prompt_s = kept * self._prompt_s + seconds * share
 
     def observe_finished(self, tokens: int) -> None:
-        self.sequence_tokens = _average(self.sequence_tokens, tokens)
+        self.sequence_tokens = _follow(self.sequence_tokens, tokens)
 
 
-def prompt_budget(rates: Rates, *, chunk_max: int, answering: int, arriving: int) -> int:
-    """Prompt tokens of the next step.
+def prompt_budget(
+    step_time: StepTime, *, chunk_max: int, answers: Sequence[Piece], prompts: Iterable[Piece], arriving: int = 1
+) -> int:
+    """Prompt tokens of the next step, at least 1.
 
-    So few that the `answering` sequences wait about two of their token intervals more; while more prompts are
-    `arriving` than that, in proportion longer, since all of these wait too. In any case about CHUNK_S.
+    answers: the decode pieces of that step; prompts: (computed, still to compute) of each prompt in the order in which
+    they are taken; arriving: how many wait for their first token.
+
+    So few tokens that the answers wait at most STALL of their own intervals longer; while more prompts arrive than
+    answers run, in proportion longer, since all of these wait too. In any case about CHUNK_S.
     """
-    if not rates.prefill_rate:
-        return chunk_max
-    seconds = CHUNK_S
-    if answering and rates.decode_step_s:
-        patience = 2 * max(1.0, arriving / answering)
-        seconds = min(CHUNK_S, patience * rates.expected_step_s(answering))
-    return min(chunk_max, max(CHUNK_LEAST, int(rates.prefill_rate * seconds)))
+    wanted = list(first_tokens(prompts, chunk_max))
+    most = max(1, sum(count for _, count in wanted))
+    if not step_time.steps:
+        return most
+    interval_s = step_time.expected_s(load_of(answers)) if answers else 0.0
+    patience_s = STALL * AIM * max(1.0, arriving / len(answers)) * interval_s if answers else CHUNK_S
+    limit_s = interval_s + min(CHUNK_S, patience_s)
+    noise = min(step_time.noise, NOISE_HEEDED)
+
+    def fits(tokens: int) -> bool:
+        load = load_of(answers, first_tokens(wanted, tokens))
+        careful = math.exp(CAREFUL * step_time.doubt(load) + noise) if answers else 1.0
+        return step_time.expected_s(load) * careful <= limit_s
+
+    return _largest(most, fits)
 
 
-def _average(before: float, new: float, weight: float = WEIGHT) -> float:
-    return new if before == 0.0 else before + weight * (new - before)
+def first_tokens(prompts: Iterable[Piece], tokens: int) -> Iterator[Piece]:
+    """The pieces that the next so many tokens of the prompts are."""
+    for start, count in prompts:
+        if tokens <= 0:
+            return
+        yield start, min(count, tokens)
+        tokens -= count
 
 
-def capacity_now(*, slots: int, present: int, free_tokens: int, sequence_tokens: float) -> int:
-    """Sequences that can be held: those present and as many more as free slots and free blocks let in; at least one."""
-    room = min(slots - present, int(free_tokens / max(sequence_tokens, 1.0)))
-    return max(1, present + max(0, room))
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest of 1..most that fits, if smaller ones always fit better; 1 if none does."""
+    if fits(most):
+        return most
+    least = 1
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (middle, most) if fits(middle) else (least, middle)
+    return least
+
+
+def _follow(before: float, new: float) -> float:
+    return before + FOLLOW * (new - before)
+
+
+def capacity_now(
+    *, slots: int, running: int, waiting: int, free_tokens: int, waiting_tokens: int, sequence_tokens: float
+) -> int:
+    """Sequences that can be held, 1..slots: those that run, those that wait, as many more as free blocks let in.
+
+    waiting_tokens: what the waiting ones will hold; when that is more than is free, only their share counts as held.
+    """
+    held = running + waiting * min(1.0, free_tokens / waiting_tokens) if waiting_tokens else running + waiting
+    room = max(0, free_tokens - waiting_tokens) / max(sequence_tokens, 1.0)
+    return max(1, min(slots, int(held + room)))

@@ -28,6 +28,7 @@ from itertools import islice
 from gpu_worker.torch_engine.kv_blocks import BlockPool, chain_hash
 from gpu_worker.torch_engine.plan import Plan, Work, next_work
 from gpu_worker.torch_engine.sequence import Sequence, State
+from gpu_worker.torch_engine.step_time import Piece
 
 SHORTER = 4  # a prompt this many times shorter than what is left of the one before it need not wait for all of it
 
@@ -62,16 +63,34 @@ class Scheduler:
             self.waiting.remove(sequence)
         sequence.state = State.FINISHED
 
-    @property
-    def answering(self) -> int:
-        """Running answers that wait for their next token."""
-        return sum(1 for sequence in self.running if sequence.pending == 1)
+    def answers(self) -> list[Piece]:
+        """What the next step computes of running answers: one token each."""
+        return [(one.cached_len, 1) for one in self._answering()]
+
+    def prompts(self) -> Iterator[Piece]:
+        """(computed, still to compute) of each prompt that has a slot or could have one, about as `plan` takes them.
+
+        Behind them the drafts: they share the budget.
+        """
+        for one in self.running:
+            if one.pending > 1:
+                yield one.cached_len, one.pending
+        for one in islice(self.waiting, max(0, self.capacity - len(self.running))):
+            reused = len(self._reusable(one)) * self.pool.block_tokens
+            yield reused, len(one.tokens) - reused
+        if self.guessing:
+            yield max(one.cached_len for one in self.running), self.chunk_max
 
     @property
     def arriving(self) -> int:
         """Sequences that wait for their first token and have a slot, or could have one."""
         slots = min(self.capacity, len(self.running) + len(self.waiting))
-        return slots - self.answering
+        return slots - len(self._answering())
+
+    @property
+    def waiting_tokens(self) -> int:
+        """What the waiting sequences hold once they run, without what they will answer."""
+        return sum(len(one.tokens) for one in self.waiting)
 
     @property
     def guessing(self) -> bool:
@@ -89,7 +108,7 @@ class Scheduler:
         Empty only if nothing waits or runs, or if what is in flight has to be read first.
         """
         budget = self.chunk_max if budget is None else budget
-        answering = [one for one in self.running if one.pending == 1 and not one.complete]
+        answering = self._answering()
         if self._in_flight and sum(map(self._missing, answering)) > self.pool.free:
             return Plan()
         decode = [next_work(one, 1) for one in answering if self._make_room(one)]
@@ -147,6 +166,9 @@ class Scheduler:
         assert all(not sequence.blocks for sequence in self.waiting), "a waiting sequence owns blocks"
         in_flight = sum(sequence.in_flight for sequence in [*self.running, *self.leaving])
         assert in_flight == self._in_flight, "works in flight are not those of the sequences"
+
+    def _answering(self) -> list[Sequence]:
+        return [one for one in self.running if one.pending == 1 and not one.complete]
 
     def _missing(self, sequence: Sequence) -> int:
         """Blocks that its next token needs and it does not have."""

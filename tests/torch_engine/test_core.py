@@ -2,13 +2,10 @@
 
 from pathlib import Path
 
-import pytest
-
 from bus.jobs import Message
 from gpu_worker.engine import End
 from gpu_worker.torch_engine.assembly import Assembled
 from gpu_worker.torch_engine.prompt import Answer, prepare
-from gpu_worker.torch_engine.rates import Rates, capacity_now, prompt_budget
 from tests.torch_engine.tiny import (
     Outcome,
     deliver,
@@ -218,40 +215,3 @@ def test_load_says_what_runs_waits_and_is_free(model_dir: Path) -> None:
 
     assert (load.running, load.waiting, load.idle, load.total_blocks) == (2, 2, False, 64)
     assert load.free_blocks < 64
-
-
-def test_rates_split_a_mixed_step_by_what_decoding_takes_alone() -> None:
-    rates = Rates()
-    rates.observe(prefill_tokens=0, decode_rows=4, seconds=0.1)
-    rates.observe(prefill_tokens=100, decode_rows=4, seconds=0.6)
-
-    assert rates.decode_rate == pytest.approx(40)
-    assert rates.prefill_rate == pytest.approx(200)
-
-
-def test_prompts_take_small_chunks_while_answers_run() -> None:
-    """A long prompt may hold running answers up by about two of their own intervals, not by seconds."""
-    rates = Rates(prefill_rate=800.0, decode_step_s=0.05, decode_rows=1)
-
-    assert prompt_budget(rates, chunk_max=512, answering=1, arriving=1) == 80
-    assert prompt_budget(rates, chunk_max=64, answering=1, arriving=1) == 64
-    assert prompt_budget(Rates(), chunk_max=512, answering=1, arriving=1) == 512
-    slow = Rates(prefill_rate=10.0, decode_step_s=0.01, decode_rows=1)
-    assert prompt_budget(slow, chunk_max=512, answering=1, arriving=1) == 8
-
-
-def test_a_burst_of_prompts_goes_before_the_few_that_already_answer() -> None:
-    """Else one early answer would hold up thirty who wait for their first token; but nobody waits for long."""
-    rates = Rates(prefill_rate=800.0, decode_step_s=0.05, decode_rows=1)
-
-    assert prompt_budget(rates, chunk_max=512, answering=1, arriving=3) == 240
-    assert prompt_budget(rates, chunk_max=512, answering=1, arriving=31) == 400
-    assert prompt_budget(rates, chunk_max=512, answering=0, arriving=1) == 400
-    assert prompt_budget(rates, chunk_max=512, answering=41, arriving=1) == 160  # a step of so many takes longer
-
-
-def test_capacity_follows_free_blocks() -> None:
-    assert capacity_now(slots=8, present=2, free_tokens=10_000, sequence_tokens=500) == 8
-    assert capacity_now(slots=8, present=2, free_tokens=1_600, sequence_tokens=500) == 5
-    assert capacity_now(slots=8, present=2, free_tokens=0, sequence_tokens=500) == 2
-    assert capacity_now(slots=8, present=0, free_tokens=0, sequence_tokens=500) == 1

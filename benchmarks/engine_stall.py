@@ -1,0 +1,135 @@
+"""How long running answers wait for their next token while a long prompt comes in; in one process, without bus or HTTP.
+
+    chrt -r 1 python -m benchmarks.engine_stall [--model DIR] [--answers 1,4,16] [--prompts 2000,8000] [--threads 1]
+
+For each number of answers and each length of prompt: the answers run alone for a while, then the prompt arrives.
+Printed: the time between two tokens of an answer before and meanwhile, in units of the median before, where 3 is the
+promise (its own interval and two more); the prompt's time to first token, and what that is with nobody else there.
+On a shared machine look at the p99 of the answers alone first: whatever it is above 1 is the machine's.
+"""
+
+import argparse
+import dataclasses
+import platform
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.engine import percentile, random_answer
+from gpu_worker.torch_engine.assembly import Assembled, assemble
+from gpu_worker.torch_engine.config import TorchEngineConfig
+
+ANSWER_PROMPT = 64
+ALONE_STEPS = 60  # measured before the prompt comes
+NEW_MAX = 4000  # of each answer: more than the prompt takes steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Stall:
+    alone_ms: list[float]  # between two tokens of an answer
+    beside_ms: list[float]  # the same while the prompt comes in
+    first_ms: float  # the prompt's first token
+    steps: int  # that its prompt took
+
+
+def measure_stall(engine: Assembled, answers: int, prompt_len: int, chance: random.Random) -> Stall:
+    names = [f"answer-{number}" for number in range(answers)]
+    for name in names:
+        engine.core.add(random_answer(engine, name, ANSWER_PROMPT, NEW_MAX, chance))
+    last_s: dict[str, float] = {}
+    while len(last_s) < answers:
+        step(engine, last_s)
+    for _ in range(10):  # the step after the last prompt is not yet an ordinary one
+        step(engine, last_s)
+    alone = [gap for _ in range(ALONE_STEPS) for gap in step(engine, last_s)]
+
+    prompt = random_answer(engine, "prompt", prompt_len, 1, chance)
+    began_s = time.perf_counter()
+    engine.core.add(prompt)
+    beside, steps = [], 0
+    while not prompt.sequence.first_token_s:
+        beside += step(engine, last_s)
+        steps += 1
+    first_ms = 1000 * (time.perf_counter() - began_s)
+    for name in names:
+        engine.core.cancel(name)
+    while not engine.core.idle:
+        engine.core.step()
+    return Stall(alone, beside, first_ms, steps)
+
+
+def step(engine: Assembled, last_s: dict[str, float]) -> list[float]:
+    """Milliseconds since its last token, of each answer that got one or several."""
+    pieces = engine.core.step().pieces
+    now_s = time.perf_counter()
+    gaps = []
+    for piece in pieces:
+        if piece.sequence in last_s:
+            gaps.append(1000 * (now_s - last_s[piece.sequence]))
+        if piece.sequence.startswith("answer"):
+            last_s[piece.sequence] = now_s
+    return gaps
+
+
+def first_token_ms(engine: Assembled, prompt_len: int, chance: random.Random) -> float:
+    """Of a prompt that nobody runs beside."""
+    began_s = time.perf_counter()
+    engine.core.add(random_answer(engine, "alone", prompt_len, 1, chance))
+    while not engine.core.idle:
+        engine.core.step()
+    return 1000 * (time.perf_counter() - began_s)
+
+
+def show(answers: int, prompt_len: int, found: Stall, undisturbed_ms: float) -> str:
+    usual = statistics.median(found.alone_ms)
+
+    def ratios(values: Sequence[float]) -> str:
+        p50, p99 = percentile(values, 0.5) / usual, percentile(values, 0.99) / usual
+        return f"{p50:.2f} / {p99:.2f} / {max(values) / usual:.2f}"
+
+    return (
+        f"| {answers} | {prompt_len} | {usual:.1f} | {ratios(found.alone_ms)} | {ratios(found.beside_ms)}"
+        f" | {prompt_len / found.steps:.0f} | {found.first_ms / 1000:.2f} / {undisturbed_ms / 1000:.2f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time between tokens of running answers while a long prompt comes in.")
+    parser.add_argument("--model", type=Path, default=Path("var/models/smollm2-135m-instruct"))
+    parser.add_argument("--answers", default="1,4,16")
+    parser.add_argument("--prompts", default="2000,8000", help="8000: about the whole context of the default model")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--threads", type=int, default=None)
+    options = parser.parse_args()
+    answers = [int(one) for one in options.answers.split(",")]
+    prompts = [int(one) for one in options.prompts.split(",")]
+
+    engine = assemble(
+        TorchEngineConfig(
+            model_dir=options.model,
+            capacity=max(answers) + 1,
+            dtype=options.dtype,
+            threads=options.threads,
+            kv_tokens=max(prompts) + 64 + max(answers) * (ANSWER_PROMPT + 1000),
+            prefix_cache=False,
+        )
+    )
+    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {engine.threads} threads\n")
+    print(
+        "| answers | prompt | alone: p50 ms | alone: p50 / p99 / max in its p50 | meanwhile: p50 / p99 / max likewise |"
+        " prompt tokens a step | first token s: beside them / nobody there |"
+    )
+    print("|---:|---:|---:|---:|---:|---:|---:|")
+    chance = random.Random(1)
+    for prompt_len in prompts:
+        undisturbed_ms = first_token_ms(engine, prompt_len, chance)
+        for count in answers:
+            print(show(count, prompt_len, measure_stall(engine, count, prompt_len, chance), undisturbed_ms), flush=True)
+
+
+if __name__ == "__main__":
+    main()
