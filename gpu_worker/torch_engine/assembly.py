@@ -11,23 +11,23 @@ import torch
 from bus.ids import ModelName
 from bus.jobs import ChatJob, Sampling
 from gpu_worker.engine import End, EngineStartError, GenerateRequest
+from gpu_worker.torch_engine.backends import choose_backend
 from gpu_worker.torch_engine.config import TorchEngineConfig
 from gpu_worker.torch_engine.core import EngineCore, context_max
 from gpu_worker.torch_engine.kv_blocks import BlockPool
 from gpu_worker.torch_engine.linear import LinearFactory
 from gpu_worker.torch_engine.loader import load_weights, log_progress, resume_digest
-from gpu_worker.torch_engine.model import Decoder, Model
+from gpu_worker.torch_engine.model import Model
 from gpu_worker.torch_engine.model_config import ModelConfig, parse_config
 from gpu_worker.torch_engine.prompt import prepare
 from gpu_worker.torch_engine.rates import Rates
 from gpu_worker.torch_engine.runner import Runner
 from gpu_worker.torch_engine.scheduler import Scheduler
 from gpu_worker.torch_engine.text_model import TextModel, read_json
-from gpu_worker.torch_engine.tiles import TileAttention
 
 log = logging.getLogger(__name__)
 
-KV_BYTES_SHARE = 0.25  # of the memory that is free at start, at most, when kv_tokens is not set
+KV_BYTES_SHARE = {"cpu": 0.25, "cuda": 0.8}  # of the memory that is free at start, at most, when kv_tokens is not set
 SEQUENCE_TOKENS_TYPICAL = 1024
 WARM_UP_PROMPTS = ("The quick brown fox jumps over the lazy dog. " * 6, "A millrace turns a stream into power. " * 8)
 WARM_UP_LIMIT_S = 1.0  # a pass in progress ends after this, and the next one does not begin: a start must not wait
@@ -56,15 +56,12 @@ def assemble(config: TorchEngineConfig) -> Assembled:
     factory = LinearFactory(device=device, dtype=dtype)
     weights = load_weights(config.model_dir, shape, range(shape.layers), factory, log_progress(config.model_name))
     text = TextModel(config.model_dir)
-    backend = choose_attention(device, dtype)
+    backend = choose_backend(shape, capacity=config.capacity, exact=factory.exact, device=device, dtype=dtype)
     blocks = choose_blocks(config, shape, backend.block_tokens, device, dtype)
     context = context_max(shape.context, blocks * backend.block_tokens)
-    attention = backend(
-        shape, range(shape.layers), blocks, context=context, exact=factory.exact, device=device, dtype=dtype
-    )
-    model = Decoder(shape, weights, attention, dtype=dtype)
+    model = backend.build(weights, blocks, context)
     core = EngineCore(
-        Runner(model, device=device),
+        Runner(model, device=device, depth=backend.depth),
         Scheduler(
             BlockPool(blocks, model.block_tokens, prefix_cache=config.prefix_cache),
             capacity=config.capacity,
@@ -151,10 +148,6 @@ def measure_product(rows_out: int, width: int, dtype: torch.dtype) -> float:
     return total
 
 
-def choose_attention(device: torch.device, dtype: torch.dtype) -> type[TileAttention]:
-    return TileAttention
-
-
 def choose_blocks(
     config: TorchEngineConfig, shape: ModelConfig, block_tokens: int, device: torch.device, dtype: torch.dtype
 ) -> int:
@@ -163,7 +156,7 @@ def choose_blocks(
         return max(1, config.kv_tokens // block_tokens)
     wanted = max(shape.context, config.capacity * SEQUENCE_TOKENS_TYPICAL)
     token_bytes = shape.kv_values_per_token * dtype.itemsize
-    affordable = int(free_memory(device) * KV_BYTES_SHARE) // token_bytes
+    affordable = int(free_memory(device) * KV_BYTES_SHARE[device.type]) // token_bytes
     return max(1, min(wanted, affordable) // block_tokens)
 
 
