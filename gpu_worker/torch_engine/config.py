@@ -29,6 +29,8 @@ class TorchEngineConfig:
         for name in ("capacity", "prefill_chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
+        if self.speculate < 0:
+            raise ValueError("speculate must be at least 0")
         if self.kv_tokens is not None and self.kv_tokens < BLOCK_TOKENS:
             raise ValueError(f"kv_tokens must be at least {BLOCK_TOKENS}")
 
@@ -43,4 +45,5 @@ class TorchEngineConfig:
             threads=settings.threads,
             kv_tokens=settings.kv_tokens,
             prefill_chunk=settings.prefill_chunk,
+            speculate=settings.speculate,
         )
