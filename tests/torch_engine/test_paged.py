@@ -11,7 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bus.jobs import Sampling
+from gpu_worker.torch_engine.assembly import Assembled
 from gpu_worker.torch_engine.batch import build_batch
+from gpu_worker.torch_engine.core import EngineCore
 from gpu_worker.torch_engine.cuda.graphs import GraphDecoder, Inputs, Recorded, bucket_sizes, choose_bucket
 from gpu_worker.torch_engine.cuda.paged import (
     BLOCK_TOKENS,
@@ -28,9 +31,11 @@ from gpu_worker.torch_engine.model import Decoder
 from gpu_worker.torch_engine.model_config import parse_config
 from gpu_worker.torch_engine.ops import PLAIN
 from gpu_worker.torch_engine.plan import Plan, Work
+from gpu_worker.torch_engine.runner import Runner
+from gpu_worker.torch_engine.scheduler import Scheduler
 from gpu_worker.torch_engine.sequence import SamplingChoice, Sequence
 from tests.torch_engine.reference import reference_logits
-from tests.torch_engine.tiny import CONFIG, tiny_model
+from tests.torch_engine.tiny import CONFIG, GREEDY, request, run, tiny_engine, tiny_model
 from tests.torch_engine.varlen import reference_varlen
 
 CPU = torch.device("cpu")
@@ -269,3 +274,48 @@ class TestProbe:
 
         assert probe(aligned_to_the_first_key, self.config, CPU, torch.float32) == "its results are wrong"
         assert "Ampere" in str(probe(missing, self.config, CPU, torch.float32))
+
+
+class TestEngine:
+    """Whole answers through replayed steps, with the next step launched before the last one is read."""
+
+    texts = tuple(f"{n} " + "the river and the mill " * (5 * n) for n in range(6))
+
+    def paged_engine(self, directory: Path, blocks: int = 24) -> Assembled:
+        model = graph_decoder(paged_decoder(directory), capacity=4)
+        whole = tiny_engine(directory)
+        core = EngineCore(
+            Runner(model, device=CPU, depth=1),
+            Scheduler(BlockPool(blocks, BLOCK_TOKENS), capacity=4, chunk_max=100),
+            eos=whole.text.eos,
+        )
+        return dataclasses.replace(whole, core=core, model=model)
+
+    @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.9, top_p=0.95, top_k=50)])
+    def test_the_same_tokens_as_through_tiles(self, model_dir: Path, sampling: Sampling) -> None:
+        wanted = [request(str(n), text, seed=n, sampling=sampling) for n, text in enumerate(self.texts)]
+        expected = run(tiny_engine(model_dir), wanted)
+
+        found = run(self.paged_engine(model_dir), wanted)
+
+        assert {name: one.tokens for name, one in found.items()} == {name: one.tokens for name, one in expected.items()}
+
+    def test_a_prefix_is_found_again_in_whole_blocks(self, model_dir: Path) -> None:
+        engine = self.paged_engine(model_dir)
+        text = "the mill turns by day and by night " * 12
+        first = run(engine, [request("a", text)])["a"]
+
+        again = run(engine, [request("b", text)])["b"]
+
+        assert again.tokens == first.tokens
+        assert engine.core.scheduler.pool.idle
+
+    def test_preempted_for_want_of_blocks_they_lose_nothing(self, model_dir: Path) -> None:
+        wanted = [request(str(n), f"{n} " + "and on " * 50, max_tokens=60) for n in range(4)]
+        expected = run(tiny_engine(model_dir), wanted)
+        tight = self.paged_engine(model_dir, blocks=5)
+
+        found = run(tight, wanted)
+
+        assert {name: one.tokens for name, one in found.items()} == {name: one.tokens for name, one in expected.items()}
+        assert tight.core.scheduler.preemptions
