@@ -1,9 +1,10 @@
 """A GGUF file, once, into a Hugging Face directory: the one form that the engine loads.
 
 A model may be split over several files, `<name>-00001-of-00003.gguf` and so on; the first one stands for all.
-Weights are dequantised. Quantised kinds go to float16, which holds their grids (float16 scales times small integers) to
-2^-12; others keep float32. llama.cpp stores the query and key rows of its `llama` architecture in another order (pairs
-that rotate together are neighbours); they are put back.
+Matrices of 4-bit and 8-bit blocks are kept as they are (gguf_blocks.py). Others are dequantised: quantised kinds to
+float16, which holds their grids (float16 scales times small integers) to 2^-12; the rest keeps float32. llama.cpp has
+the query and key rows of its `llama` architecture in another order (pairs that rotate together are neighbours); they
+are put back.
 """
 
 import json
@@ -17,6 +18,7 @@ import numpy
 from safetensors.numpy import save_file
 
 from gpu_worker.engine import EngineStartError
+from gpu_worker.gguf_blocks import Array, Kind, keep_blocks
 from gpu_worker.gguf_config import ROPE_FACTORS, to_config, to_tokenizer_config
 from gpu_worker.gguf_tokenizer import build_tokenizer
 
@@ -40,13 +42,10 @@ OUTER_NAMES = {
     "output.weight": "lm_head.weight",
 }
 
-Kind = gguf.GGMLQuantizationType
 UNQUANTISED = (Kind.F32, Kind.BF16)
 HALF_MAX = 65504.0  # float16 ends there
 
 PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
-
-Array = numpy.ndarray[Any, Any]
 
 
 def convert_gguf(source: Path, target: Path, generation: Mapping[str, Any], progress: Callable[[float], None]) -> None:
@@ -98,27 +97,47 @@ def read_gguf(path: Path) -> gguf.GGUFReader:
 def convert_tensors(
     tensors: list[gguf.ReaderTensor], config: Mapping[str, Any], progress: Callable[[float], None]
 ) -> Iterator[tuple[str, Array]]:
-    permuted = config["model_type"] == "llama"
     for done, tensor in enumerate(tensors):
         name = to_name(tensor.name)
-        array: Array = to_values(tensor)
-        if permuted and ("q_proj." in name or "k_proj." in name):
-            heads = config["num_attention_heads" if "q_proj." in name else "num_key_value_heads"]
-            array = unpermute(array, heads)
-        whole = tensor.tensor_type in UNQUANTISED or numpy.abs(array).max(initial=0.0) > HALF_MAX
-        yield name, numpy.ascontiguousarray(array, dtype=numpy.float32 if whole else numpy.float16)
+        heads = rotated_heads(name, config)
+        for part, array in to_arrays(tensor).items():
+            yield f"{name}.{part}".rstrip("."), unpermute(array, heads) if heads else array
         progress((done + 1) / len(tensors))
 
 
+def rotated_heads(name: str, config: Mapping[str, Any]) -> int:
+    """How many heads a tensor has whose rows lie in llama.cpp's order; 0 for all others."""
+    if config["model_type"] != "llama":
+        return 0
+    if "q_proj." in name:
+        return int(config["num_attention_heads"])
+    return int(config["num_key_value_heads"]) if "k_proj." in name else 0
+
+
+def to_arrays(tensor: gguf.ReaderTensor) -> dict[str, Array]:
+    """By suffix; one without a suffix if it is dequantised."""
+    kept = keep_blocks(tensor.data, tensor.tensor_type)
+    if kept is not None:
+        check_finite(tensor.name, [kept["scale"], kept.get("min", kept["scale"])])
+        return kept
+    array = to_values(tensor)
+    check_finite(tensor.name, [array])
+    whole = tensor.tensor_type in UNQUANTISED or numpy.abs(array).max(initial=0.0) > HALF_MAX
+    return {"": numpy.ascontiguousarray(array, dtype=numpy.float32 if whole else numpy.float16)}
+
+
+def check_finite(name: str, arrays: list[Array]) -> None:
+    """A damaged block is one wrong scale away from values that no weight has."""
+    if not all(numpy.isfinite(array).all() for array in arrays):
+        raise EngineStartError(f"tensor {name} holds values that are not finite: the GGUF file is damaged")
+
+
 def to_values(tensor: gguf.ReaderTensor) -> Array:
-    """Raises EngineStartError on values that no weight has: a damaged block is one wrong scale away from them."""
     try:
         array: Array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
         kind = tensor.tensor_type.name
         raise EngineStartError(f"tensor {tensor.name} has block type {kind}, which is not supported") from error
-    if not numpy.isfinite(array).all():
-        raise EngineStartError(f"tensor {tensor.name} holds values that are not finite: the GGUF file is damaged")
     return array
 
 
@@ -135,7 +154,8 @@ def to_name(name: str) -> str:
 def unpermute(weight: Array, heads: int) -> Array:
     """(heads * d, ...) with rotating pairs as neighbours -> with halves, as Hugging Face has them."""
     out, *rest = weight.shape
-    return weight.reshape(heads, out // heads // 2, 2, *rest).swapaxes(1, 2).reshape(out, *rest)
+    halves = weight.reshape(heads, out // heads // 2, 2, *rest).swapaxes(1, 2)
+    return numpy.ascontiguousarray(halves.reshape(out, *rest))
 
 
 def write_shards(target: Path, tensors: Iterator[tuple[str, Array]]) -> None:

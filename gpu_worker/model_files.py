@@ -33,7 +33,7 @@ from gpu_worker.gguf_convert import convert_gguf, parts_of, write_json
 log = logging.getLogger(__name__)
 
 CHUNK = 1 << 20
-CONVERTER = 2  # grows when the converted form changes; older directories are converted again
+CONVERTER = 3  # grows when the converted form changes; older directories are converted again
 DOWNLOAD_LIMIT_S = 1800
 DONE = "converted.json"  # written last; a directory without it is not used
 

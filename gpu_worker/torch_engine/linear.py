@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gpu_worker.torch_engine.quantized import Quantized, Weight
+
 log = logging.getLogger(__name__)
 
 RowOp = Callable[[Tensor], Tensor]  # (rows, in) -> (rows, out)
@@ -70,8 +72,10 @@ class LinearFactory:
         self.exact = dtype == torch.float32 and device.type == "cpu"
         self._row_multiples: dict[tuple[str, int, int], int | None] = {}
 
-    def build(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+    def build(self, weight: Weight, bias: Tensor | None = None) -> Linear:
         """weight: (out, in) in the engine's dtype on its device; the packed form keeps no reference to it."""
+        if isinstance(weight, Quantized):  # rounded to float16, 2^-12 beside steps of a sixteenth, so that `half` fits
+            weight = weight.dequantize(torch.float16).to(self.dtype)
         kind, multiply = self._choose(weight, bias)
         return Linear(multiply, kind, self._row_multiple(kind, multiply, weight))
 

@@ -4,10 +4,10 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,10 +18,14 @@ from gpu_worker.torch_engine.linear import LinearFactory
 from gpu_worker.torch_engine.model import LayerWeights, ModelWeights
 from gpu_worker.torch_engine.model_config import ModelConfig
 from gpu_worker.torch_engine.norm import RmsNorm
+from gpu_worker.torch_engine.quantized import GROUP, Quantized, Weight, cat, is_finite
 
 log = logging.getLogger(__name__)
 
+AnyWeight = TypeVar("AnyWeight", Tensor, Quantized)
 Progress = Callable[[float], None]  # 0..1
+FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+HALVES = {torch.float16}
 SAMPLE_BYTES = 4096
 SAMPLES = 256
 
@@ -45,16 +49,29 @@ class TensorSource:
                 self._where[name] = shard
         self._untaken = set(self._where)
 
+    def has(self, name: str) -> bool:
+        return name in self._where or any(f"{name}.q{bits}" in self._where for bits in (4, 8))
+
     def take(self, name: str, *shape: int) -> Tensor:
-        """In the engine's dtype on its device. Raises EngineStartError if missing or of another shape."""
-        if name not in self._where:
-            raise EngineStartError(f"the model lacks tensor {name}")
-        tensor: Tensor = self._where[name].get_tensor(name)
-        if tuple(tensor.shape) != shape:
-            raise EngineStartError(f"tensor {name} has shape {tuple(tensor.shape)}, expected {shape}")
-        self._untaken.discard(name)
+        """In the engine's dtype on its device. Raises EngineStartError if missing, of another shape or not finite."""
         # A copy even if nothing changes: a view would keep the whole file mapped, and counted as our memory.
-        return tensor.to(self._device, self._dtype, copy=True)
+        tensor = self._stored(name, shape, FLOATS).to(self._device, self._dtype, copy=True)
+        return _checked(name, tensor)
+
+    def take_matrix(self, name: str, out: int, width: int) -> Weight:
+        """As it is stored: quantised, or like `take`. The parts of a quantised one are tensors of their own."""
+        bits = next((bits for bits in (4, 8) if f"{name}.q{bits}" in self._where), None)
+        if bits is None:
+            return self.take(name, out, width)
+        groups = (out, width // GROUP)
+        values, kinds = ((out, width // 2), {torch.uint8}) if bits == 4 else ((out, width), {torch.int8})
+        weight = Quantized(
+            bits,
+            self._stored(f"{name}.q{bits}", values, kinds).clone(),
+            self._stored(f"{name}.scale", groups, HALVES).clone(),
+            self._stored(f"{name}.min", groups, HALVES).clone() if bits == 4 else None,
+        )
+        return _checked(name, weight.to(self._device))
 
     def check_all_taken(self, *, ignore: Callable[[str], bool]) -> None:
         left = sorted(name for name in self._untaken if not ignore(name))
@@ -63,14 +80,38 @@ class TensorSource:
                 f"the model has {len(left)} tensors that this architecture does not know, such as {left[0]}"
             )
 
+    def _stored(self, name: str, shape: tuple[int, ...], dtypes: Container[torch.dtype]) -> Tensor:
+        if name not in self._where:
+            raise EngineStartError(f"the model lacks tensor {name}")
+        tensor: Tensor = self._where[name].get_tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise EngineStartError(f"tensor {name} has shape {tuple(tensor.shape)}, expected {shape}")
+        if tensor.dtype not in dtypes:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise EngineStartError(f"tensor {name} is stored as {kind}, which is not supported here")
+        self._untaken.discard(name)
+        return tensor
+
+
+def _checked(name: str, weight: AnyWeight) -> AnyWeight:
+    if not is_finite(weight):
+        raise EngineStartError(f"tensor {name} holds values that are not finite: the file is damaged")
+    return weight
+
 
 def weight_files(directory: Path) -> list[Path]:
-    """Raises EngineStartError if there are none."""
-    index = directory / "model.safetensors.index.json"
+    """What an index names; else model.safetensors, which other forms of the same weights may lie beside; else all.
+
+    Raises EngineStartError if there are none.
+    """
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise EngineStartError(f"{index}: cannot be read as an index of weights: {error}") from error
         return [directory / name for name in names]
-    files = sorted(directory.glob("*.safetensors"))
+    files = [single] if single.exists() else sorted(directory.glob("*.safetensors"))
     if not files:
         raise EngineStartError(
             f"{directory}: no *.safetensors; run `make run`, or set MILLRACE_MODEL_PATH to a model directory"
@@ -87,26 +128,38 @@ def load_weights(
         source = TensorSource(directory, stack, device=factory.device, dtype=factory.dtype)
         embedding = None
         if first or (last and config.tied_head):
-            embedding = source.take("model.embed_tokens.weight", config.vocabulary, config.hidden)
+            embedding = source.take_matrix("model.embed_tokens.weight", config.vocabulary, config.hidden)
         loaded = []
         for index in layers:
             loaded.append(_load_layer(source, config, index, factory))
             progress(len(loaded) / (len(layers) + 1))
         norm = RmsNorm(source.take("model.norm.weight", config.hidden), config.norm_eps) if last else None
-        head = None
-        if last:
-            tied = config.tied_head
-            matrix = embedding if tied else source.take("lm_head.weight", config.vocabulary, config.hidden)
-            assert matrix is not None
-            head = factory.build(matrix)
+        head = factory.build(_head_matrix(source, config, embedding)) if last else None
         source.check_all_taken(ignore=lambda name: _belongs_elsewhere(name, config, layers))
         progress(1.0)
     return ModelWeights(tuple(loaded), compact(embedding) if first else None, norm, head)
 
 
-def compact(embedding: Tensor | None) -> Tensor | None:
+def _head_matrix(source: TensorSource, config: ModelConfig, embedding: Weight | None) -> Weight:
+    """A tied head may be stored a second time; if that one differs, the config is wrong about one of them."""
+    name = "lm_head.weight"
+    if not config.tied_head:
+        return source.take_matrix(name, config.vocabulary, config.hidden)
+    assert embedding is not None
+    if source.has(name):
+        own = source.take_matrix(name, config.vocabulary, config.hidden)
+        if not torch.equal(_whole(own), _whole(embedding)):
+            raise EngineStartError(f"{name} differs from the embedding, which config.json says it is tied to")
+    return embedding
+
+
+def _whole(weight: Weight) -> Tensor:
+    return weight.dequantize() if isinstance(weight, Quantized) else weight
+
+
+def compact(embedding: Weight | None) -> Weight | None:
     """Half the memory, if the values came from float16: rows are only looked up, never multiplied in this form."""
-    if embedding is None or embedding.dtype != torch.float32:
+    if not isinstance(embedding, Tensor) or embedding.dtype != torch.float32:
         return embedding
     half = embedding.to(torch.float16)
     return half if torch.equal(half.to(torch.float32), embedding) else embedding
@@ -118,9 +171,8 @@ def _load_layer(source: TensorSource, config: ModelConfig, index: int, factory: 
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
 
     def fused(names: list[str], outs: list[int], width: int, biased: bool) -> Any:
-        weight = torch.cat(
-            [source.take(f"{prefix}{name}.weight", out, width) for name, out in zip(names, outs, strict=True)]
-        )
+        parts = zip(names, outs, strict=True)
+        weight = cat([source.take_matrix(f"{prefix}{name}.weight", out, width) for name, out in parts], factory.dtype)
         bias = (
             [source.take(f"{prefix}{name}.bias", out) for name, out in zip(names, outs, strict=True)] if biased else []
         )
@@ -145,13 +197,14 @@ def _load_layer(source: TensorSource, config: ModelConfig, index: int, factory: 
 
 
 def _belongs_elsewhere(name: str, config: ModelConfig, layers: range) -> bool:
-    """Other ranges' tensors, a tied head stored a second time, and tables that older exports carry."""
+    """Other ranges' tensors, and tables that older exports carry and everybody computes."""
     parts = name.split(".")
+    if parts[-2:-1] == ["rotary_emb"] and parts[-1] in ("inv_freq", "cos_cached", "sin_cached"):
+        return True
     if parts[:2] == ["model", "layers"] and parts[2].isdigit() and int(parts[2]) < config.layers:
-        return int(parts[2]) not in layers or name.endswith("rotary_emb.inv_freq")
-    if name == "lm_head.weight":
-        return config.tied_head or layers.stop != config.layers
-    return name in ("model.embed_tokens.weight", "model.norm.weight") and len(layers) < config.layers
+        return int(parts[2]) not in layers
+    outer = ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight")
+    return name.startswith(outer) and len(layers) < config.layers
 
 
 def resume_digest(directory: Path) -> str:

@@ -18,6 +18,7 @@ from gpu_worker.torch_engine.batch import Batch
 from gpu_worker.torch_engine.linear import Linear, pad_rows
 from gpu_worker.torch_engine.model_config import ModelConfig
 from gpu_worker.torch_engine.norm import RmsNorm
+from gpu_worker.torch_engine.quantized import Quantized, Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class ModelWeights:
     """`embedding` is there if the range holds the first layer; `norm` and `head` if it holds the last."""
 
     layers: tuple[LayerWeights, ...]
-    embedding: Tensor | None  # (V, D), in whatever dtype holds it exactly
+    embedding: Weight | None  # (V, D), in whatever form holds it exactly
     norm: RmsNorm | None
     head: Linear | None  # D -> V
 
@@ -83,6 +84,8 @@ class Decoder:
         """(T,) -> (T, D). Only for a range that holds the first layer."""
         assert self.weights.embedding is not None
         embedding = self.weights.embedding
+        if isinstance(embedding, Quantized):
+            return embedding.rows(tokens.to(embedding.scale.device)).to(self.dtype)
         return functional.embedding(tokens.to(embedding.device), embedding).to(self.dtype)
 
     def forward(self, batch: Batch) -> Tensor:

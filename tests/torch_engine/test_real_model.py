@@ -118,7 +118,10 @@ def test_sampled_answers_resume_with_the_same_draws(real_model_dir: Path, smol: 
 
 @pytest.mark.slow
 def test_bfloat16_answers_sensibly(real_model_dir: Path) -> None:
-    outcome = run(tiny_engine(real_model_dir, dtype="bfloat16"), [request("a", FRANCE, max_tokens=16)])["a"]
+    """To a text that has one good end: a question's first word is a near tie, which rounding may turn."""
+    wanted = request("a", "", messages=(), prompt="The capital of France is", max_tokens=4)
+
+    outcome = run(tiny_engine(real_model_dir, dtype="bfloat16"), [wanted])["a"]
 
     assert "Paris" in outcome.text.decode()
 

@@ -11,8 +11,10 @@ from typing import Any
 import jinja2
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -26,6 +28,7 @@ from transformers import (
 
 from bus.jobs import Message
 from gpu_worker.torch_engine.chat_template import ChatTemplate, TemplateError
+from gpu_worker.torch_engine.quantized import Quantized
 from tests.torch_engine.test_model import chunked_logits
 from tests.torch_engine.tiny import TEMPLATE, request, run, tiny_engine, tiny_tokenizer
 
@@ -239,8 +242,17 @@ def test_a_template_says_what_it_says_in_transformers(name: str, talk: str) -> N
 
 @pytest.fixture(scope="module")
 def original(real_model_dir: Path) -> PreTrainedModel:
-    """The default model, from the very directory that the engine loads."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(real_model_dir, dtype=torch.float32).eval()
+    """The default model, with the weights that the engine loads, dequantised as its torch products have them."""
+    config = AutoConfig.from_pretrained(real_model_dir)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    stored = load_file(real_model_dir / "model.safetensors")
+    whole = {name: tensor for name, tensor in stored.items() if name.endswith("norm.weight")}
+    for name in (name for name in stored if name.endswith((".q4", ".q8"))):
+        matrix = name[:-3]
+        parts = (stored[name], stored[f"{matrix}.scale"], stored.get(f"{matrix}.min"))
+        whole[matrix] = Quantized(int(name[-1]), *parts).dequantize(torch.float16).float()
+    missing, unexpected = model.load_state_dict(whole, strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"], [])
     return model
 
 
@@ -254,19 +266,22 @@ def test_the_default_models_logits_are_those_of_transformers(original: PreTraine
     found = chunked_logits(real_model_dir, tokens, chunk=64)
 
     expected = expected_logits(original, tokens)
-    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
 @pytest.mark.slow
 def test_the_default_models_greedy_text_is_that_of_transformers(
     original: PreTrainedModel, real_model_dir: Path
 ) -> None:
+    """Each token is the likeliest there too, or as good as: weights may be held in more digits than torch's."""
     tokenizer = AutoTokenizer.from_pretrained(real_model_dir)
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": STORY}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    talk = [{"role": "user", "content": STORY}]
+    prompt = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=True)["input_ids"]
+
     found = run(tiny_engine(real_model_dir), [request("a", STORY, max_tokens=48, ignore_eos=False)])["a"]
 
-    expected = original.generate(**prompt, max_new_tokens=48, do_sample=False)[0, prompt["input_ids"].shape[1] :]
-    assert found.tokens == expected.tolist()
-    assert found.text.decode() == tokenizer.decode(expected, skip_special_tokens=True)
+    logits = expected_logits(original, prompt + found.tokens)[len(prompt) - 1 : -1]
+    chosen = logits.gather(1, torch.tensor(found.tokens)[:, None]).squeeze(1)
+    assert (logits.amax(1) - chosen).max() < 0.05
+    assert (logits.argmax(1) == torch.tensor(found.tokens)).float().mean() > 0.9
+    assert found.text.decode() == tokenizer.decode(found.tokens, skip_special_tokens=True)

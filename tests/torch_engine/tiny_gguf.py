@@ -9,7 +9,8 @@ import gguf
 import numpy
 from safetensors.numpy import load_file
 
-from gpu_worker.gguf_convert import LAYER_NAMES, OUTER_NAMES, Array
+from gpu_worker.gguf_blocks import Array
+from gpu_worker.gguf_convert import LAYER_NAMES, OUTER_NAMES
 from tests.torch_engine.tiny import CONFIG, SPECIAL, TEMPLATE, tiny_tokenizer
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
