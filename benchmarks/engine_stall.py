@@ -19,12 +19,16 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.engine import percentile, random_answer
+from bus.ids import ModelName
+from bus.jobs import ChatJob, Sampling
+from gpu_worker.engine import GenerateRequest
 from gpu_worker.torch_engine.assembly import Assembled, assemble
 from gpu_worker.torch_engine.config import TorchEngineConfig
+from gpu_worker.torch_engine.prompt import Answer, prepare
 
 ANSWER_PROMPT = 64
 ALONE_STEPS = 60  # measured before the prompt comes
+PLAIN_TOKENS = (1000, 40_000)  # ordinary words of the default model's vocabulary
 NEW_MAX = 4000  # of each answer: more than the prompt takes steps
 
 
@@ -82,6 +86,22 @@ def first_token_ms(engine: Assembled, prompt_len: int, chance: random.Random) ->
     while not engine.core.idle:
         engine.core.step()
     return 1000 * (time.perf_counter() - began_s)
+
+
+def random_answer(engine: Assembled, name: str, prompt_len: int, new: int, chance: random.Random) -> Answer:
+    job = ChatJob(
+        model=ModelName("benchmark"), prompt="x", max_tokens=new, sampling=Sampling(temperature=0.0), ignore_eos=True
+    )
+    answer = prepare(GenerateRequest(name, job, seed=1), engine.text, context_max=engine.context)
+    assert isinstance(answer, Answer)
+    sequence = answer.sequence
+    sequence.tokens = [chance.randrange(*PLAIN_TOKENS) for _ in range(prompt_len)]
+    sequence.prompt_len, sequence.total_max = prompt_len, prompt_len + new
+    return answer
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
 def show(answers: int, prompt_len: int, found: Stall, undisturbed_ms: float) -> str:
