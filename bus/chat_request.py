@@ -20,13 +20,24 @@ import msgspec
 import orjson
 
 from bus.ids import ModelName, is_model_name
-from bus.jobs import MAX_TOKENS_LIMIT, PROMPT_BYTES_MAX, STOP_STRINGS_MAX, ChatJob, Message, Sampling
+from bus.jobs import (
+    LOGPROBS_MAX,
+    MAX_TOKENS_LIMIT,
+    PROMPT_BYTES_MAX,
+    STOP_STRINGS_MAX,
+    ChatJob,
+    Message,
+    Sampling,
+)
 
 MESSAGES_MAX = 8192
 PARTS_MAX = 1024
 NAME_CHARS_MAX = 256
 STOP_BYTES_MAX = 1024
 TOP_K_MAX = 1_000_000
+COMPLETION_LOGPROBS_MAX = 5  # OpenAI's limit of that route
+BIASES_MAX = 1024
+TOKEN_ID_MAX = 10_000_000
 SIMPLE_NEW_TOKENS_DEFAULT = 256
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -37,7 +48,7 @@ BadCode = Literal[
     "missing_required_parameter",
     "invalid_type",
     "invalid_value",
-    "unsupported_value",  # right type, but this server cannot do it (n=2, image parts, logprobs ...)
+    "unsupported_value",  # right type, but this server cannot do it (n=2, image parts, tools ...)
     "too_large",
 ]
 
@@ -69,7 +80,7 @@ def parse_chat(body: bytes, default_model: str | None = None) -> ParsedRequest:
     messages = _messages(fields)
     _refuse_unsupported(fields, _CHAT_NEUTRAL)
     limit = _max_tokens(fields, "max_completion_tokens", "max_tokens")
-    return _assemble(fields, default_model, messages=messages, max_tokens=limit)
+    return _assemble(fields, default_model, messages=messages, max_tokens=limit, logprobs=_chat_logprobs(fields))
 
 
 def parse_completion(body: bytes, default_model: str | None = None) -> ParsedRequest:
@@ -79,7 +90,9 @@ def parse_completion(body: bytes, default_model: str | None = None) -> ParsedReq
     _refuse_unsupported(fields, _COMPLETION_NEUTRAL)
     limit = _max_tokens(fields, "max_tokens")
     # OpenAI's documented default of this route; chat has none.
-    return _assemble(fields, default_model, prompt=prompt, max_tokens=16 if limit is None else limit)
+    limit = 16 if limit is None else limit
+    logprobs = _completion_logprobs(fields)
+    return _assemble(fields, default_model, prompt=prompt, max_tokens=limit, logprobs=logprobs)
 
 
 def parse_simple(body: bytes, default_model: str | None = None) -> ParsedRequest:
@@ -110,6 +123,7 @@ def _assemble(
     messages: tuple[Message, ...] = (),
     prompt: str | None = None,
     max_tokens: int | None,
+    logprobs: int | None,
 ) -> ParsedRequest:
     options = fields.get("stream_options")
     if options is not None and not isinstance(options, dict):
@@ -123,6 +137,7 @@ def _assemble(
         stop=_stop(fields),
         stream=_flag(fields.get("stream"), "stream"),
         ignore_eos=_flag(fields.get("ignore_eos"), "ignore_eos"),
+        logprobs=logprobs,
     )
     return ParsedRequest(
         job=job,
@@ -236,7 +251,53 @@ def _sampling(fields: Mapping[str, Any]) -> Sampling:
         top_p=top_p,
         top_k=_integer(fields.get("top_k"), "top_k", 0, TOP_K_MAX),
         seed=_integer(fields.get("seed"), "seed", _INT64_MIN, _INT64_MAX),
+        min_p=_number(fields.get("min_p"), "min_p", 0.0, 1.0),
+        presence_penalty=_number(fields.get("presence_penalty"), "presence_penalty", -2.0, 2.0) or None,
+        frequency_penalty=_number(fields.get("frequency_penalty"), "frequency_penalty", -2.0, 2.0) or None,
+        repetition_penalty=_repetition_penalty(fields),
+        logit_bias=_logit_bias(fields),
     )
+
+
+def _repetition_penalty(fields: Mapping[str, Any]) -> float | None:
+    penalty = _number(fields.get("repetition_penalty"), "repetition_penalty", 0.0, 2.0)
+    if penalty == 0.0:
+        raise BadRequest("repetition_penalty", "repetition_penalty must be above 0 and at most 2")
+    return penalty
+
+
+def _logit_bias(fields: Mapping[str, Any]) -> tuple[tuple[int, float], ...]:
+    """Token ids, as JSON's names are: texts. Which ids there are only the model knows."""
+    raw = fields.get("logit_bias")
+    if raw is None:
+        return ()
+    if not isinstance(raw, dict):
+        raise BadRequest("logit_bias", f"logit_bias must be an object, not {kind_of(raw)}", "invalid_type")
+    if len(raw) > BIASES_MAX:
+        raise BadRequest("logit_bias", f"logit_bias has {len(raw)} tokens, the limit is {BIASES_MAX}", "too_large")
+    found: dict[int, float] = {}
+    for name, value in raw.items():
+        if not (name.isascii() and name.isdigit() and len(name) < 10 and int(name) <= TOKEN_ID_MAX):
+            raise BadRequest("logit_bias", f"logit_bias names {_shown(name)}, which is no token id")
+        bias = _number(value, f"logit_bias.{int(name)}", -100.0, 100.0)
+        if bias:
+            found[int(name)] = bias
+    return tuple(sorted(found.items()))
+
+
+def _chat_logprobs(fields: Mapping[str, Any]) -> int | None:
+    """How many likeliest tokens are shown beside each token; None: nothing is asked for."""
+    asked = _flag(fields.get("logprobs"), "logprobs")
+    top = _integer(fields.get("top_logprobs"), "top_logprobs", 0, LOGPROBS_MAX)
+    if top and not asked:
+        raise BadRequest("top_logprobs", "top_logprobs needs logprobs to be true")
+    return (top or 0) if asked else None
+
+
+def _completion_logprobs(fields: Mapping[str, Any]) -> int | None:
+    """The older form: a number, and 0 asks for the chosen tokens alone. Some clients send false for nothing."""
+    value = fields.get("logprobs")
+    return None if value is False else _integer(value, "logprobs", 0, COMPLETION_LOGPROBS_MAX)
 
 
 def _stop(fields: Mapping[str, Any]) -> tuple[str, ...]:
@@ -281,12 +342,7 @@ _ZERO, _ONE = _is(0, 0.0), _is(1, 1.0)
 _COMMON_NEUTRAL: Mapping[str, Neutral] = {
     "n": _ONE,
     "best_of": _ONE,
-    "logit_bias": _empty,
-    "frequency_penalty": _ZERO,
-    "presence_penalty": _ZERO,
-    "repetition_penalty": _ONE,
     "length_penalty": _ONE,
-    "min_p": _ZERO,
     "typical_p": _ONE,
     "min_tokens": _ZERO,
     "use_beam_search": _false,
@@ -307,8 +363,6 @@ _COMMON_NEUTRAL: Mapping[str, Neutral] = {
 
 _CHAT_NEUTRAL: Mapping[str, Neutral] = {
     **_COMMON_NEUTRAL,
-    "logprobs": _false,
-    "top_logprobs": _is(0),
     "tools": _empty,
     "functions": _empty,
     "tool_choice": _is("none", "auto"),
@@ -326,7 +380,6 @@ _CHAT_NEUTRAL: Mapping[str, Neutral] = {
 
 _COMPLETION_NEUTRAL: Mapping[str, Neutral] = {
     **_COMMON_NEUTRAL,
-    "logprobs": _false,  # 0 asks for the log probability of the chosen token, so it is not neutral
     "suffix": _empty,
     "response_format": _CHAT_NEUTRAL["response_format"],
 }

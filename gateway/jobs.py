@@ -28,7 +28,11 @@ async def get_job(request: web.Request) -> web.Response:
     """GET /v1/jobs/{id}: state, usage, error and the text stored so far."""
     cell, record = await find_job(request, await require(request, "chat"))
     raw = await cell.text(record.job_id, record.fence)
-    return json_response(job_object(record, raw.decode("utf-8", "replace")))
+    logprobs = await cell.logprobs(record.job_id, record.fence) if record.logprobs else None
+    try:
+        return json_response(job_object(record, raw.decode("utf-8", "replace"), logprobs))
+    except ValueError:  # no records: a node wrote what it liked
+        return json_response(job_object(record, raw.decode("utf-8", "replace")))
 
 
 async def cancel_job(request: web.Request) -> web.Response:

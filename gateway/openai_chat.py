@@ -36,8 +36,8 @@ async def _answer(request: web.Request, endpoint: Endpoint, parser: Parser) -> w
         raw_text, course.ended = await handle.result()
         if (error := ended_error(course.ended)) is not None:
             raise error
-        text = raw_text.decode("utf-8", "replace")
-        body = completion(answer, text, finish_reason(course.ended.reason), usage_of(course.ended))
+        reason, usage = finish_reason(course.ended.reason), usage_of(course.ended)
+        body = completion(answer, raw_text, reason, usage, handle.logprobs())
         response = json_response(body)
         response.headers["X-Job-Id"] = handle.job_id
         response.headers["openai-processing-ms"] = str(int(course.seconds * 1000))

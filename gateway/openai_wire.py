@@ -5,12 +5,15 @@ created and model. The bytes around a text chunk never change within a stream, s
 costs one `dumps` of its text.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
 import orjson
 
+from bus.codec.logprobs import TokenLogprobs
 from bus.ids import JobId
+from gateway.logprobs_wire import chat_logprobs, completion_logprobs
 
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 Endpoint = Literal["chat", "completions"]
@@ -59,6 +62,7 @@ class StreamShape:
     def __init__(self, answer: Answer, *, include_usage: bool) -> None:
         self._answer = answer
         self._include_usage = include_usage
+        self._chars = 0  # of the texts that came with log probabilities
         mark = b"\x00"
         whole = orjson.dumps(self._chunk(self._choice({"content": "\x00"}, "\x00", None)))
         # orjson writes U+0000 as the six characters \u0000; what stands before and after never changes.
@@ -72,6 +76,17 @@ class StreamShape:
 
     def text(self, text: str) -> bytes:
         return self._head + orjson.dumps(text) + self._tail
+
+    def scored_text(self, text: bytes, start: int, records: Sequence[TokenLogprobs]) -> bytes:
+        """Text from byte `start` of the answer on, with the log probabilities of its tokens."""
+        shown = text.decode("utf-8", "replace")
+        if self._answer.endpoint == "chat":
+            logprobs = chat_logprobs(records)
+        else:
+            logprobs = completion_logprobs(records, text, start, self._chars)
+        self._chars += len(shown)
+        choice = self._choice({"content": shown}, shown, None)
+        return orjson.dumps(self._chunk({**choice, "logprobs": logprobs}))
 
     def finish(self, reason: FinishReason) -> bytes:
         """Exactly one a stream, after all text."""
@@ -102,21 +117,32 @@ class StreamShape:
         }
 
 
-def chat_completion(answer: Answer, text: str, reason: FinishReason, usage: Usage) -> dict[str, object]:
-    message = {"role": "assistant", "content": text, "refusal": None}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
+Records = Sequence[TokenLogprobs] | None  # None: log probabilities are not asked for
+
+
+def chat_completion(
+    answer: Answer, text: bytes, reason: FinishReason, usage: Usage, records: Records = None
+) -> dict[str, object]:
+    message = {"role": "assistant", "content": text.decode("utf-8", "replace"), "refusal": None}
+    logprobs = None if records is None else chat_logprobs(records)
+    choice = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": reason}
     return _whole(answer, "chat.completion", choice, usage)
 
 
-def text_completion(answer: Answer, text: str, reason: FinishReason, usage: Usage) -> dict[str, object]:
-    choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
+def text_completion(
+    answer: Answer, text: bytes, reason: FinishReason, usage: Usage, records: Records = None
+) -> dict[str, object]:
+    logprobs = None if records is None else completion_logprobs(records, text)
+    choice = {"index": 0, "text": text.decode("utf-8", "replace"), "logprobs": logprobs, "finish_reason": reason}
     return _whole(answer, "text_completion", choice, usage)
 
 
-def completion(answer: Answer, text: str, reason: FinishReason, usage: Usage) -> dict[str, object]:
+def completion(
+    answer: Answer, text: bytes, reason: FinishReason, usage: Usage, records: Records = None
+) -> dict[str, object]:
     """The plain answer of either endpoint."""
     build = chat_completion if answer.endpoint == "chat" else text_completion
-    return build(answer, text, reason, usage)
+    return build(answer, text, reason, usage, records)
 
 
 def _whole(answer: Answer, kind: str, choice: dict[str, object], usage: Usage) -> dict[str, object]:

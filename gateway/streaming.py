@@ -78,7 +78,10 @@ class Events:
             return sse.data_event(orjson.dumps(openai_error(error))) + sse.DONE
         match event:
             case TextDelta():
-                chunk = self._shape.text(event.text.decode("utf-8", "replace"))
+                if event.logprobs is None:
+                    chunk = self._shape.text(event.text.decode("utf-8", "replace"))
+                else:
+                    chunk = self._shape.scored_text(event.text, event.offset, event.logprobs)
                 return b"%b%d\ndata: %b\n\n" % (self._id_head, event.end, chunk)
             case Finished():
                 return self._closing(event.ended)

@@ -86,6 +86,8 @@ class EchoEngine:
 
     def submit(self, request: GenerateRequest) -> None:
         script = write_script(request.job, self._knobs)
+        if request.job.logprobs is not None:
+            script = BadPrompt("bad_request", "logprobs: the echo engine has no log probabilities")
         if isinstance(script, BadPrompt):
             end = End("error", error_code=script.code, error_message=script.message, fault="client")
             self._refused.append(_piece(request, 0, len(request.forced_text), b"", (), end))

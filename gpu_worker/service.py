@@ -35,7 +35,7 @@ from bus.ids import Fence, Holder, JobId, NodeId
 from bus.keys import WORKERS_GROUP
 from bus.link import Entry, LinkDown, LinkError, to_entry
 from bus.settings import Settings
-from gpu_worker.answer_log import ANSWER_BYTES_MAX
+from gpu_worker.answer_log import TOO_MANY
 from gpu_worker.engine import End, Engine, GenerateRequest, Piece
 from gpu_worker.lease import LeaseThread, Tenure
 from gpu_worker.publisher import Call, EngineFault, Held, Publisher
@@ -46,7 +46,6 @@ TICK_S = 0.25  # deadlines, kept finishes, the sign of life that the lease threa
 STARTED_S = 0.25  # how soon the server learns that a job was begun, so that its worker's death counts as a crash
 SPARE_ROOM = 2  # read ahead of the engine, so that a freed slot is filled without a round trip
 HAND_BACK_TRIES = 5
-TOO_MANY_LOGPROBS = f"the log probabilities of this answer have more than {ANSWER_BYTES_MAX} bytes; ask for fewer"
 LAST_FLUSH_S = 1.0  # of a drain: for what is unsent, and for finishes to be answered
 
 log = logging.getLogger(__name__)
@@ -308,7 +307,7 @@ class NodeService:
         if held.end is None:
             self._engine.cancel(held.sequence)
         else:
-            held.end = End("error", error_code="bad_request", error_message=TOO_MANY_LOGPROBS, fault="client")
+            held.end = TOO_MANY
 
     def _pump(self) -> None:
         """Send what is due, unless we must be silent; then wait for the next due time, an answer or a piece."""

@@ -20,6 +20,7 @@ from bus.calls.caller import Caller, CallOptions, Refusal, UnknownJob
 from bus.calls.following import Ended
 from bus.calls.handle import Detached, Finished, JobHandle, TextDelta
 from bus.chat_request import BadRequest, parse_chat
+from bus.codec.logprobs import TokenLogprobs
 from bus.codec.wire import Policy
 from bus.jobs import ChatJob
 from bus.layout import read_layout
@@ -40,6 +41,7 @@ class Answer(msgspec.Struct, frozen=True):
     reason: str  # stop | length
     prompt_tokens: int
     new_tokens: int
+    logprobs: tuple[TokenLogprobs, ...] | None = None  # asked for with logprobs=True, top_logprobs=5
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -49,6 +51,7 @@ class Piece(msgspec.Struct, frozen=True):
     job_id: str
     offset: int
     node: str  # where the present attempt runs
+    logprobs: tuple[TokenLogprobs, ...] | None = None  # of the tokens that begin in this text
 
 
 class ChatError(Exception):
@@ -117,7 +120,15 @@ class Client:
             handle.close()
         if ended.state != "done":
             raise to_error(ended, handle.job_id)
-        return Answer(text.decode(), handle.job_id, ended.node, ended.reason, ended.prompt_tokens, ended.new_tokens)
+        return Answer(
+            text.decode(),
+            handle.job_id,
+            ended.node,
+            ended.reason,
+            ended.prompt_tokens,
+            ended.new_tokens,
+            handle.logprobs(),
+        )
 
     async def stream(
         self, messages: Messages, *, policy: Policy = "cancel", deadline_s: float | None = None, **options: Any
@@ -167,7 +178,8 @@ class Client:
             async for event in handle:
                 match event:
                     case TextDelta():
-                        yield Piece(event.text.decode("utf-8", "replace"), handle.job_id, event.end, handle.node)
+                        text = event.text.decode("utf-8", "replace")
+                        yield Piece(text, handle.job_id, event.end, handle.node, event.logprobs)
                     case Detached():
                         message = f"the stream was taken over by {event.by}"
                         raise ChatError("taken_over", message, job_id=handle.job_id)

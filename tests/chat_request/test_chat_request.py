@@ -92,7 +92,7 @@ def test_neutral_values_of_unsupported_fields_are_accepted_because_clients_send_
         response_format={"type": "text"},
         modalities=["text"],
         best_of=1,
-        repetition_penalty=1.0,
+        length_penalty=1.0,
     )
 
     assert parse_chat(body).job == parse_chat(chat()).job
@@ -192,9 +192,20 @@ BAD_CHAT: list[tuple[dict[str, Any], str, str]] = [
     ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", "invalid_type"),
     ({"n": 2}, "n", "unsupported_value"),
     ({"n": True}, "n", "unsupported_value"),
-    ({"logprobs": True}, "logprobs", "unsupported_value"),
-    ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_value"),
-    ({"frequency_penalty": 0.5}, "frequency_penalty", "unsupported_value"),
+    ({"logprobs": 3}, "logprobs", "invalid_type"),
+    ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
+    ({"logprobs": True, "top_logprobs": True}, "top_logprobs", "invalid_type"),
+    ({"logit_bias": []}, "logit_bias", "invalid_type"),
+    ({"logit_bias": {"x": 1}}, "logit_bias", "invalid_value"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias", "invalid_value"),
+    ({"logit_bias": {"5": 101}}, "logit_bias.5", "invalid_value"),
+    ({"logit_bias": {"5": "1"}}, "logit_bias.5", "invalid_type"),
+    ({"logit_bias": {str(n): 1 for n in range(1025)}}, "logit_bias", "too_large"),
+    ({"frequency_penalty": 2.1}, "frequency_penalty", "invalid_value"),
+    ({"presence_penalty": "0"}, "presence_penalty", "invalid_type"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "invalid_value"),
+    ({"min_p": 1.1}, "min_p", "invalid_value"),
     ({"tools": [{"type": "function"}]}, "tools", "unsupported_value"),
     ({"tool_choice": "required"}, "tool_choice", "unsupported_value"),
     ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_value"),
@@ -263,13 +274,40 @@ def test_a_list_of_one_prompt_is_that_prompt() -> None:
         ({"prompt": "a\0"}, "prompt"),
         ({"echo": True}, "echo"),
         ({"suffix": "x"}, "suffix"),
-        ({"logprobs": 0}, "logprobs"),
+        ({"logprobs": 6}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
         ({"best_of": 3}, "best_of"),
         ({"max_tokens": 0}, "max_tokens"),
     ],
 )
 def test_a_bad_completion_field_is_named(fields: dict[str, Any], field: str) -> None:
     assert refusal(parse_completion, completion(**fields)).field == field
+
+
+def test_log_probabilities_are_asked_for_as_openai_has_it() -> None:
+    chats = [chat(logprobs=True), chat(logprobs=True, top_logprobs=20), chat(logprobs=False), chat()]
+    raws = [completion(logprobs=0), completion(logprobs=5), completion(logprobs=None), completion(logprobs=False)]
+
+    assert [parse_chat(one).job.logprobs for one in chats] == [0, 20, None, None]
+    assert [parse_completion(one).job.logprobs for one in raws] == [0, 5, None, None]
+
+
+def test_penalties_and_biases_are_sampling() -> None:
+    body = chat(
+        presence_penalty=0.5,
+        frequency_penalty=-2,
+        repetition_penalty=1,
+        min_p=0,
+        logit_bias={"7": -100, "03": 1, "9": 0},
+    )
+
+    assert parse_chat(body).job.sampling == Sampling(
+        presence_penalty=0.5,
+        frequency_penalty=-2.0,
+        repetition_penalty=1.0,  # not left out: the model's own default may be another
+        min_p=0.0,
+        logit_bias=((3, 1.0), (7, -100.0)),
+    )
 
 
 def test_the_simple_body_is_one_user_message() -> None:
@@ -332,6 +370,11 @@ known_fields = st.sampled_from(
         "stream_options",
         "n",
         "logprobs",
+        "top_logprobs",
+        "logit_bias",
+        "presence_penalty",
+        "repetition_penalty",
+        "min_p",
         "tools",
         "response_format",
         "user",

@@ -68,7 +68,7 @@ def test_a_model_named_like_the_mark_does_not_confuse_the_frame() -> None:
 
 
 def test_a_plain_answer_has_every_field_clients_read() -> None:
-    body = chat_completion(CHAT, "Paris.", "stop", Usage(5, 2))
+    body = chat_completion(CHAT, b"Paris.", "stop", Usage(5, 2))
 
     choice = body["choices"][0]  # type: ignore[index]  # JSON of our own making
     assert choice["message"] == {"role": "assistant", "content": "Paris.", "refusal": None}
@@ -78,7 +78,7 @@ def test_a_plain_answer_has_every_field_clients_read() -> None:
 
 
 def test_completions_have_text_and_their_own_id() -> None:
-    body = text_completion(TEXT, "x", "length", Usage(1, 1))
+    body = text_completion(TEXT, b"x", "length", Usage(1, 1))
 
     assert body["object"] == "text_completion"
     assert str(body["id"]).startswith("cmpl-")
