@@ -189,7 +189,3 @@ def _window(raw: Mapping[str, Any], family: Family) -> int | None:
         if kinds or not raw.get("use_sliding_window") or not some_slide:
             return None
     return None if window is None else int(window)
-
-
-def rope_frequencies(config: ModelConfig) -> list[float]:
-    return list(config.rope.frequencies)
