@@ -22,7 +22,8 @@ from gpu_worker.torch_engine.runner import Flight, Result, Runner
 from gpu_worker.torch_engine.sampler import SampledToken
 from gpu_worker.torch_engine.scheduler import Scheduler
 from gpu_worker.torch_engine.sequence import State
-from gpu_worker.torch_engine.speculation import Guesser, agreed
+from gpu_worker.torch_engine.speculation import Guesser, Worth, agreed
+from gpu_worker.torch_engine.step_time import load_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,7 @@ class EngineCore:
         self.runner = runner
         self._eos = eos
         self._speculate = speculate
+        self.worth = Worth()
         self._clock = clock
         self._answers: dict[str, Answer] = {}
         self._flights: deque[InFlight] = deque()
@@ -90,10 +92,11 @@ class EngineCore:
     def step(self) -> StepReport:
         """Launch the next step, then collect those that are not to stay in flight beside it."""
         began_s = self._clock()
-        plan = self.scheduler.plan(self._prompt_budget())
+        guessing = self.scheduler.guessing and self._guesses_pay()
+        plan = self.scheduler.plan(self._prompt_budget(), drafts=guessing)
         if plan.work:
             self._launch(plan, began_s)
-        staying = self.runner.depth if plan.work and not self.scheduler.guessing else 0
+        staying = self.runner.depth if plan.work and not guessing else 0
         report = StepReport()
         while len(self._flights) > staying:
             report = _both(report, self._collect(self._flights.popleft()))
@@ -138,15 +141,26 @@ class EngineCore:
             arriving=scheduler.arriving,
         )
 
+    def _guesses_pay(self) -> bool:
+        """By what a row more costs beside the answers that run; while that is unknown, they are tried."""
+        answers, expected_s = self.scheduler.answers(), self.rates.step_time.expected_s
+        if not answers or not self.rates.step_time.steps:
+            return True
+        start, count = answers[0]
+        step_s = expected_s(load_of(answers))
+        row_s = expected_s(load_of([(start, count + 1), *answers[1:]])) - step_s
+        return self.worth.pays(answers=len(answers), step_s=step_s, row_s=row_s)
+
     def _launch(self, plan: Plan, began_s: float) -> None:
         before = self._flights[-1].flight if self._flights else None
         self._flights.append(InFlight(plan, self.runner.launch(plan, before), began_s))
         self.scheduler.launched(plan)
 
     def _collect(self, step: InFlight) -> StepReport:
-        results, accepted = self.runner.read(step.flight), self.accepted
+        results, drafted, accepted = self.runner.read(step.flight), self.drafted, self.accepted
         pieces = [piece for result in results if (piece := self._settle(result)) is not None]
         began_s, self.last_progress_s = max(step.began_s, self.last_progress_s), self._clock()
+        self.worth.observe(self.drafted - drafted, self.accepted - accepted)
         prefill, decode = step.plan.prefill, step.plan.decode
         self.rates.observe(
             decode=[work.piece for work in decode],

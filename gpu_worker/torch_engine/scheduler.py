@@ -101,10 +101,11 @@ class Scheduler:
         """Those that nobody else can have: content that has a name was right when it got it."""
         return [block for block in sequence.blocks if block not in self.pool.hash_of]
 
-    def plan(self, budget: int | None = None) -> Plan:
+    def plan(self, budget: int | None = None, *, drafts: bool = True) -> Plan:
         """The next step. Blocks for all its tokens are in place.
 
         budget: prompt tokens and drafts of this step, at least 1 and at most `chunk_max`, which is the default.
+        drafts: whether there may be any.
         Empty only if nothing waits or runs, or if what is in flight has to be read first.
         """
         budget = self.chunk_max if budget is None else budget
@@ -116,7 +117,8 @@ class Scheduler:
         decode += [work for work in prompts if work.sequence.pending == 1]
         budget -= sum(work.count for work in prompts)
         return Plan(
-            tuple(self._with_drafts(decode, budget)), tuple(work for work in prompts if work.sequence.pending > 1)
+            tuple(self._with_drafts(decode, budget) if drafts else decode),
+            tuple(work for work in prompts if work.sequence.pending > 1),
         )
 
     def launched(self, plan: Plan) -> None:

@@ -5,7 +5,8 @@ themselves. The engine draws its own token at each guessed place and keeps guess
 draws, so answers are the same with and without, greedy and sampled (Saxena, prompt lookup decoding, 2023; Leviathan et
 al., speculative decoding, 2023, with draws that are fixed by seed and position).
 
-Whoever guesses badly guesses less (`Trust`): free text loses next to nothing.
+Whoever guesses badly guesses less (`Trust`): free text loses next to nothing. And where a row costs about as much as it
+does to answer somebody else, in a full batch, only guesses that are mostly right are made (`Worth`).
 """
 
 import dataclasses
@@ -16,6 +17,8 @@ MATCH_LEAST = 2  # tokens that must have been seen before
 MATCH_MOST = 4  # of equal matches the latest one counts, so longer ones need not be told apart
 TRIED_MAX = 16  # earlier places looked at
 PAUSE_LEAST, PAUSE_MOST = 8, 256  # tokens without a guess after the second failure in a row
+SHARE_FIRST = 0.5  # of guesses that are right, before any was made
+FOLLOW, FORGET = 0.1, 0.01  # weight of the newest share; of the first one, in a step without guesses
 
 
 class Lookup:
@@ -109,6 +112,27 @@ class Guesser:
 
     def verified(self, drafted: int, accepted: int, answer_len: int) -> None:
         self.trust = judged(self.trust, drafted=drafted, accepted=accepted, most=self._most, answer_len=answer_len)
+
+
+class Worth:
+    """What guesses are worth to the engine: the share of them that was right lately."""
+
+    def __init__(self) -> None:
+        self.share = SHARE_FIRST
+
+    def observe(self, drafted: int, accepted: int) -> None:
+        """One step. Without guesses the share slowly becomes unknown again: else one bad hour would end them all."""
+        if drafted:
+            self.share += FOLLOW * (accepted / drafted - self.share)
+        else:
+            self.share += FORGET * (SHARE_FIRST - self.share)
+
+    def pays(self, *, answers: int, step_s: float, row_s: float) -> bool:
+        """Whether a guess brings at least the tokens that its time would bring otherwise.
+
+        step_s: what a step with so many answers takes; row_s: what one more row adds.
+        """
+        return self.share * step_s >= answers * row_s
 
 
 def agreed(drafts: Sequence[int], drawn: Sequence[int | None]) -> int:

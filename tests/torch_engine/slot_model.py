@@ -6,6 +6,7 @@ Tokens are few and mostly follow from the two before them, so guesses (speculati
 Costs microseconds, so whole lives of engines can be tried by the hundred.
 """
 
+import math
 from functools import cache
 from pathlib import Path
 
@@ -28,21 +29,28 @@ NOTHING = -1  # what a slot holds that nobody wrote
 class SlotModel:
     kind = "slots"
 
-    def __init__(self, blocks: int, text: TextModel, *, block_tokens: int) -> None:
+    def __init__(self, blocks: int, text: TextModel, *, block_tokens: int, row_s: float) -> None:
         self.block_tokens = block_tokens
+        self.poison = NOTHING - 1  # a token whose numbers are not finite
+        self.now_s = 0.0  # its own clock: a step takes 10 ms and `row_s` a row
+        self._row_s = row_s
         self._slots = [NOTHING] * ((blocks + 1) * block_tokens)
         self._said = [text.encode(chr(ord("a") + n), special=False)[0] for n in range(SAID)]
         self._vocabulary = text.vocabulary
 
     def forward(self, batch: Batch) -> Tensor:
         """(rows, 2): a hash of all tokens up to the row, and one of the last two."""
+        self.now_s += 0.01 + batch.rows * self._row_s
         for slot, token in zip(batch.slots.tolist(), batch.tokens.tolist(), strict=True):
             self._slots[slot] = token
-        rows: list[tuple[int, int]] = []
+        rows: list[tuple[float, float]] = []
         for piece in batch.pieces:
             size = self.block_tokens
             seen = [self._slots[block * size + place] for block in piece.blocks for place in range(size)]
             assert NOTHING not in seen[: piece.length], "a row reads a slot that was never written"
+            if self.poison in seen:  # also one that is masked: 0 times infinity is not 0
+                rows += [(math.nan, math.nan)] * piece.count
+                continue
             whole, before = 7, 0
             for position, token in enumerate(seen[: piece.length]):
                 whole = (whole * 1_000_003 + token + 1) % PRIME
@@ -54,11 +62,11 @@ class SlotModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """Mostly by the last two tokens, else by all of them; the second likeliest is near, so that draws differ."""
         logits = torch.full((hidden.shape[0], self._vocabulary), -30.0)
-        for row, (whole, last_two) in enumerate(hidden.long().tolist()):
+        for row, (whole, last_two) in enumerate(hidden.nan_to_num(0).long().tolist()):
             base = last_two if whole % 5 else whole
             logits[row, self._said[base * 7919 % 104_729 % SAID]] = 2.0
             logits[row, self._said[whole % SAID]] += 1.0 if whole % 3 else 30.5
-        return logits
+        return logits + 0 * hidden[:, :1].float()
 
     def clear(self, blocks: list[int]) -> None:
         for block in blocks:
@@ -76,15 +84,20 @@ def slot_engine(
     speculate: int = 0,
     depth: int = 0,
     eos: frozenset[int] = frozenset(),
+    row_s: float = 0.0001,
 ) -> Assembled:
     """directory: of a tiny model, for its tokenizer."""
     text = _text(directory)
-    model = SlotModel(blocks, text, block_tokens=block_tokens)
+    model = SlotModel(blocks, text, block_tokens=block_tokens, row_s=row_s)
     scheduler = Scheduler(
         BlockPool(blocks, block_tokens, prefix_cache=prefix_cache), capacity=capacity, chunk_max=chunk_max
     )
     core = EngineCore(
-        Runner(model, device=torch.device("cpu"), depth=depth), scheduler, eos=eos or text.eos, speculate=speculate
+        Runner(model, device=torch.device("cpu"), depth=depth),
+        scheduler,
+        eos=eos or text.eos,
+        speculate=speculate,
+        clock=lambda: model.now_s,
     )
     return Assembled(core, model, text, blocks * block_tokens, 1, "", 1)
 

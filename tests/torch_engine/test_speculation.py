@@ -3,14 +3,15 @@
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
-from torch import Tensor
 
 from bus.jobs import Sampling
 from gpu_worker.engine import GenerateRequest
 from gpu_worker.torch_engine.assembly import Assembled
 from gpu_worker.torch_engine.prompt import Answer, prepare
+from gpu_worker.torch_engine.rates import Rates
 from gpu_worker.torch_engine.speculation import (
     MATCH_MOST,
     PAUSE_LEAST,
@@ -19,11 +20,12 @@ from gpu_worker.torch_engine.speculation import (
     Guesser,
     Lookup,
     Trust,
+    Worth,
     agreed,
     judged,
 )
-from tests.torch_engine.slot_model import slot_engine
-from tests.torch_engine.tiny import Outcome, deliver, request, run, tiny_engine, tiny_model, torch_decoder
+from tests.torch_engine.slot_model import SlotModel, slot_engine
+from tests.torch_engine.tiny import Outcome, deliver, request, run, tiny_engine, tiny_model
 
 MOST = 8
 
@@ -124,6 +126,34 @@ def test_drafts_hold_up_to_the_first_that_was_not_drawn() -> None:
     assert agreed((5, 6), (5, None, 7)) == 1
 
 
+def test_a_guess_must_bring_what_its_time_would_bring_otherwise() -> None:
+    worth = Worth()
+    assert worth.pays(answers=1, step_s=0.010, row_s=0.001)  # half a token for a tenth of one
+    assert not worth.pays(answers=16, step_s=0.026, row_s=0.001)  # half a token for six tenths of one
+    for _ in range(40):
+        worth.observe(8, 8)
+    assert worth.pays(answers=16, step_s=0.026, row_s=0.001)
+    for _ in range(60):
+        worth.observe(8, 0)
+    assert not worth.pays(answers=1, step_s=0.010, row_s=0.001)
+    for _ in range(60):
+        worth.observe(0, 0)
+    assert worth.pays(answers=1, step_s=0.010, row_s=0.001), "it is tried again"
+
+
+def test_where_a_row_costs_what_an_answer_costs_nothing_is_guessed(model_dir: Path) -> None:
+    """But for the few steps in which the engine learns what a row costs."""
+
+    def drafted(row_s: float) -> int:
+        engine = slot_engine(model_dir, speculate=MOST, row_s=row_s)
+        run(engine, [request("first", "hello", max_tokens=30)])
+        before = engine.core.drafted
+        run(engine, [request(str(n), f"{n} hello", max_tokens=40) for n in range(6)])
+        return engine.core.drafted - before
+
+    assert drafted(row_s=0.1) < drafted(row_s=0.0001) / 5
+
+
 class Oracle(Guesser):
     """Guesses what it was told will come, `width` at once; nothing else."""
 
@@ -139,6 +169,17 @@ class Oracle(Guesser):
         pass
 
 
+class Untimed(Rates):
+    """What a row costs on this machine at this moment must not decide what a test tries."""
+
+    def observe(self, **_: Any) -> None:
+        pass
+
+
+def at_any_price(engine: Assembled) -> None:
+    engine.core.rates = Untimed()
+
+
 def told(engine: Assembled, wanted: GenerateRequest, answer: Sequence[int], width: int) -> Outcome:
     return all_told(engine, [wanted], {wanted.sequence: answer}, width)[wanted.sequence]
 
@@ -148,6 +189,7 @@ def all_told(
 ) -> dict[str, Outcome]:
     """Run all to the end; what is guessed of each is what `answers` says."""
     outcomes = {one.sequence: Outcome(one) for one in wanted}
+    at_any_price(engine)
     for one in wanted:
         prepared = prepare(one, engine.text, context_max=engine.context)
         assert isinstance(prepared, Answer)
@@ -213,19 +255,36 @@ def test_only_accepted_tokens_are_found_by_other_prompts(model_dir: Path) -> Non
         assert same(run(engine, [after])["b"], run(slot_engine(model_dir), [after])["b"]), length
 
 
-def test_a_rejected_guess_with_numbers_that_are_not_finite_spoils_nothing(tmp_path: Path) -> None:
+def test_a_guess_with_numbers_that_are_not_finite_spoils_nothing(model_dir: Path) -> None:
     """Its values reach the rows beside it and behind it, since 0 times infinity is not 0: the step is done again."""
-    engine = tiny_engine(tiny_model(tmp_path))
     wanted = request("a", "hello", max_tokens=30)
+    engine = slot_engine(model_dir)
     alone = run(engine, [wanted])["a"]
-    poison = next(token for token in range(100, 200) if token not in alone.tokens)
-    weights = torch_decoder(engine).weights
-    assert isinstance(weights.embedding, Tensor)
-    weights.embedding[poison] = float("nan")
-
-    guesses = [poison if n % 5 == 3 else token for n, token in enumerate(alone.tokens)]
+    assert isinstance(engine.model, SlotModel)
+    engine.model.poison = 5
+    guesses = [5 if n % 5 == 3 else token for n, token in enumerate(alone.tokens)]
 
     assert same(told(engine, wanted, guesses, 4), alone)
+    assert engine.core.scheduler.preemptions == 1
+    assert same(run(engine, [wanted])["a"], alone), "something of it is left in a block"
+
+
+def test_an_answer_that_is_not_finite_leaves_what_it_shares_with_others(model_dir: Path) -> None:
+    """Its own blocks are cleared; those that have a name were right when they got it, and others read them."""
+    engine = slot_engine(model_dir)
+    assert isinstance(engine.model, SlotModel)
+    good = request("good", "", messages=(), prompt="abcdefghabcdefgh", max_tokens=30)
+    bad = request("bad", "", messages=(), prompt="abcdefghabcdQ", max_tokens=30)
+    alone = run(slot_engine(model_dir), [good])["good"]
+    engine.model.poison = engine.text.encode("Q", special=False)[0]
+
+    found = run(engine, [good, bad])
+    after = run(engine, [good])["good"]
+
+    assert found["bad"].end is not None
+    assert found["bad"].end.error_code == "node_error"
+    assert same(found["good"], alone)
+    assert same(after, alone)
 
 
 SAMPLINGS = {
@@ -264,6 +323,7 @@ def test_a_greedy_answer_that_repeats_itself_is_guessed(tmp_path: Path) -> None:
     directory = tiny_model(tmp_path, tie_word_embeddings=True)
     wanted = [request(str(n), f"{n} hello", max_tokens=60) for n in range(4)]
     plain, guessing = tiny_engine(directory), tiny_engine(directory, speculate=MOST)
+    at_any_price(guessing)
 
     found = run(guessing, wanted)
 
