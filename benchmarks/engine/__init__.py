@@ -1,0 +1,1 @@
+"""The torch engine beside its peers: `python -m benchmarks.engine`."""
