@@ -131,6 +131,27 @@ def read(one: Scheduler, works: tuple[Work, ...]) -> None:
         one.collected(work, valid=work.count)
 
 
+def test_answers_that_are_guessed_are_read_at_once_and_others_stay_ahead(model_dir: Path) -> None:
+    """A guess needs the last token on the host; who guesses badly pauses, and steps are launched ahead meanwhile."""
+    wanted = [request("a", "hello", max_tokens=60)]
+    at_once, one_ahead = slot_engine(model_dir, speculate=8), slot_engine(model_dir, speculate=8, depth=1)
+
+    run(at_once, wanted)
+    run(one_ahead, wanted)
+
+    assert one_ahead.core.accepted > at_once.core.accepted / 2 > 5  # after a pause one step is in flight still
+
+    engine = slot_engine(model_dir, speculate=8, depth=1)
+    outcomes: dict[str, Outcome] = {}
+    begin(engine, wanted[0], outcomes)
+    in_flight = []
+    while not engine.core.idle:
+        deliver(engine.core.step().pieces, outcomes)
+        in_flight.append(sum(one.in_flight for one in engine.core.scheduler.running))
+    assert 0 in in_flight
+    assert 1 in in_flight
+
+
 def test_a_late_row_takes_the_last_draw_of_its_sequence() -> None:
     a, b, c = sequence("a", 4), sequence("b", 4), sequence("c", 4)
     before = (Work(a, 3, (1,), sampled=1), Work(c, 0, (1, 1), sampled=0), Work(b, 3, (1,), sampled=1))
