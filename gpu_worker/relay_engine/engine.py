@@ -11,7 +11,7 @@ import msgspec
 from bus.ids import JobId, NodeId
 from gpu_worker.engine import End, EngineInfo, EngineLoad, GenerateRequest, Piece, SequenceId
 from gpu_worker.relay_engine.call import NodeCalls, RelayLimits
-from gpu_worker.relay_engine.faults import CallFailed
+from gpu_worker.relay_engine.faults import CallFailed, NoLogprobs
 from gpu_worker.relay_engine.meter import Meter
 from gpu_worker.relay_engine.outbox import Outbox
 from gpu_worker.relay_engine.refusals import Refusals
@@ -46,9 +46,9 @@ class _Active:
     def published(self) -> int:
         return self.offset - len(self.request.forced_text)
 
-    def publish(self, text: bytes) -> None:
-        if text:
-            self._outbox.add(self.request.sequence, self.offset, text)
+    def publish(self, text: bytes, logprobs: bytes = b"") -> None:
+        if text or logprobs:
+            self._outbox.add(self.request.sequence, self.offset, text, logprobs=logprobs)
             self.offset += len(text)
 
     async def room(self) -> None:
@@ -151,7 +151,7 @@ class RelayEngine:
 
     def _judge(self, active: _Active, failure: CallFailed) -> CallFailed:
         """The same, or the node's fault where the client was blamed by a node that refuses everything."""
-        if failure.fault != "client" or failure.code == "context_length_exceeded":
+        if failure.fault != "client" or failure.code == "context_length_exceeded" or isinstance(failure, NoLogprobs):
             return failure
         if not self._refusals.refuse(JobId(active.request.sequence.partition("/")[0])):
             return failure

@@ -55,6 +55,13 @@ class Diverged(CallFailed):
         super().__init__("interrupted", message, fault="")
 
 
+class NoLogprobs(CallFailed):
+    """The request asks for log probabilities, and the node gives none."""
+
+    def __init__(self) -> None:
+        super().__init__("bad_request", "logprobs: the node that answered gives no log probabilities", fault="client")
+
+
 def sanitise(text: str) -> str:
     """A node's own words in a form that may go into logs, errors and JSON: one short printable line."""
     printable = "".join(char if char.isprintable() else " " for char in text[: 2 * MESSAGE_CHARS_MAX])

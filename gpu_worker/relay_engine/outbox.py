@@ -12,7 +12,12 @@ class _Pending:
     def __init__(self, offset: int) -> None:
         self.offset = offset
         self.text = bytearray()
+        self.logprobs = bytearray()
         self.end: End | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.text) + len(self.logprobs)
 
 
 class Outbox:
@@ -22,17 +27,20 @@ class Outbox:
         self._taken = asyncio.Event()
         self._closed = False
 
-    def add(self, sequence: SequenceId, offset: int, text: bytes, end: End | None = None) -> None:
-        """Append text that begins at `offset` of the answer, and perhaps the end."""
+    def add(
+        self, sequence: SequenceId, offset: int, text: bytes, end: End | None = None, logprobs: bytes = b""
+    ) -> None:
+        """Append text that begins at `offset` of the answer, its log probabilities, and perhaps the end."""
         pending = self._pending.setdefault(sequence, _Pending(offset))
         assert pending.end is None and pending.offset + len(pending.text) == offset, sequence
         pending.text += text
+        pending.logprobs += logprobs
         pending.end = end
         self._changed.set()
 
     async def room(self, sequence: SequenceId) -> None:
         """Wait until little enough of the sequence is pending. The service's own deadlines end the wait by cancel."""
-        while (pending := self._pending.get(sequence)) is not None and len(pending.text) >= PENDING_BYTES_MAX:
+        while (pending := self._pending.get(sequence)) is not None and pending.size >= PENDING_BYTES_MAX:
             self._taken.clear()
             await self._taken.wait()
 
@@ -43,7 +51,10 @@ class Outbox:
             taken, self._pending = self._pending, {}
             self._taken.set()
             if taken:
-                yield [Piece(key, one.offset, bytes(one.text), 0, (), one.end) for key, one in taken.items()]
+                yield [
+                    Piece(key, one.offset, bytes(one.text), 0, (), one.end, bytes(one.logprobs))
+                    for key, one in taken.items()
+                ]
 
     def close(self) -> None:
         self._closed = True

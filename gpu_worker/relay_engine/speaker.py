@@ -21,10 +21,19 @@ from bus.jobs import ChatJob, estimate_new_tokens, estimate_prompt_tokens
 from gpu_worker.engine import End, GenerateRequest
 from gpu_worker.relay_engine.answer import Answer
 from gpu_worker.relay_engine.call import NodeCalls
-from gpu_worker.relay_engine.faults import CallFailed, NodeBroke
+from gpu_worker.relay_engine.faults import CallFailed, NodeBroke, NoLogprobs
 from gpu_worker.relay_engine.meter import Meter
+from gpu_worker.relay_engine.scores import Placing
 from gpu_worker.relay_engine.tally import Tally, tokens_of
-from gpu_worker.relay_engine.wire import NodeApi, Outgoing, base_of, openai_request, simple_request, template_request
+from gpu_worker.relay_engine.wire import (
+    Chunk,
+    NodeApi,
+    Outgoing,
+    base_of,
+    openai_request,
+    simple_request,
+    template_request,
+)
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +49,7 @@ class Listener(Protocol):
         """Bytes of new text so far."""
         ...
 
-    def publish(self, text: bytes) -> None: ...
+    def publish(self, text: bytes, logprobs: bytes = b"") -> None: ...
 
     async def room(self) -> None:
         """Wait until more text is wanted."""
@@ -130,9 +139,9 @@ class NodeSpeaker:
         then a lost node costs time, but never an `interrupted` answer.
         """
         job = request.job
-        kept = bytearray()
+        kept, kept_records = bytearray(), bytearray()
         keeps = not job.stream and job.prompt is None and api.continuation == "none"
-        publish = kept.extend if keeps else listener.publish
+        placing = None if job.logprobs is None else Placing(len(request.forced_text), again=again)
         answer = Answer(request.forced_text, job.stop, job.max_tokens, again=again)
         tally = Tally(estimate_prompt_tokens(job))
         started = time.monotonic()
@@ -140,16 +149,22 @@ class NodeSpeaker:
         async with aclosing(chunks):
             async for chunk in chunks:
                 tally.count(chunk)
+                records = _records_of(chunk, placing, job, first=tally.texts == 1)
                 if chunk.text:
                     self._measure(tally, time.monotonic(), started)
-                    publish(answer.feed(chunk.text))
+                if chunk.text or records:
+                    text = answer.feed(chunk.text)
+                    if keeps:
+                        kept, kept_records = kept + text, kept_records + records
+                    else:
+                        listener.publish(text, records)
                     await listener.room()
                 if answer.ended:
                     break
         reason = answer.ended or tally.reason
         if not reason:
             raise NodeBroke("the node ended its answer before it was complete")
-        listener.publish(bytes(kept) + answer.finish())
+        listener.publish(bytes(kept) + answer.finish(), bytes(kept_records))
         size = answer.offset if again else answer.offset - len(request.forced_text)
         return End(reason, tally.prompt_tokens, spent + tally.new_tokens(size, streamed=outgoing.streams))
 
@@ -205,3 +220,12 @@ class NodeSpeaker:
             return orjson.loads(raw or b"null")
         except orjson.JSONDecodeError:
             return None
+
+
+def _records_of(chunk: Chunk, placing: Placing | None, job: ChatJob, *, first: bool) -> bytes:
+    """Its log probabilities, if the job asks for them. Raises NoLogprobs if the first text comes without any."""
+    if placing is None:
+        return b""
+    if chunk.scores is None and chunk.text and first:
+        raise NoLogprobs
+    return placing.records(chunk.scores or (), job.logprobs or 0)

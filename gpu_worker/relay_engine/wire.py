@@ -7,6 +7,7 @@ import orjson
 
 from bus.jobs import ChatJob
 from gpu_worker.relay_engine.faults import NodeBroke, failure_of_event
+from gpu_worker.relay_engine.scores import Scored, read_scores
 
 Dialect = Literal["openai", "simple"]
 Continuation = Literal["none", "final_message", "template"]
@@ -47,6 +48,7 @@ class Chunk(msgspec.Struct, frozen=True):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     done: bool = False  # [DONE]
+    scores: tuple[Scored, ...] | None = None  # of the tokens of this text; None: the node tells none
 
 
 def base_of(api_url: str) -> str:
@@ -87,7 +89,10 @@ def openai_request(api: NodeApi, job: ChatJob, seed: int, *, said: str = "", max
     if job.ignore_eos:
         body["ignore_eos"] = True
     if job.prompt is not None:
-        return Outgoing("/v1/completions", orjson.dumps(body | {"prompt": job.prompt + said}), streams=True)
+        asked = {} if job.logprobs is None else {"logprobs": job.logprobs}
+        return Outgoing("/v1/completions", orjson.dumps(body | asked | {"prompt": job.prompt + said}), streams=True)
+    if job.logprobs is not None:
+        body |= {"logprobs": True, "top_logprobs": job.logprobs}
     body["messages"] = _messages(job)
     if said:
         body["messages"].append({"role": "assistant", "content": said})
@@ -127,8 +132,12 @@ def _messages(job: ChatJob) -> list[dict[str, str]]:
 
 
 def _sampling(job: ChatJob) -> dict[str, Any]:
-    chosen = {"temperature": job.sampling.temperature, "top_p": job.sampling.top_p, "top_k": job.sampling.top_k}
-    return {name: value for name, value in chosen.items() if value is not None}
+    """What the request says, by the names that OpenAI, vLLM, SGLang and llama.cpp know."""
+    names = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+    chosen = {name: value for name in names if (value := getattr(job.sampling, name)) is not None}
+    if job.sampling.logit_bias:
+        chosen["logit_bias"] = {str(token): bias for token, bias in job.sampling.logit_bias}
+    return chosen
 
 
 # --- answers ----------------------------------------------------------------------------------------------------
@@ -181,7 +190,8 @@ def _read_choice(found: dict[str, Any]) -> Chunk:
     text = holder.get("content") if isinstance(holder, dict) else choice.get("text")
     if text is not None and not isinstance(text, str):
         raise NodeBroke("the node sent a text that is no string")
-    return Chunk(text or "", _finish(choice.get("finish_reason")), prompt, completion)
+    scores = read_scores(choice.get("logprobs"))
+    return Chunk(text or "", _finish(choice.get("finish_reason")), prompt, completion, scores=scores)
 
 
 def _finish(reason: object) -> Literal["", "stop", "length"]:

@@ -36,6 +36,7 @@ class Knobs:
     answer: str | None = None  # instead of the words that follow from the prompt; ends with finish_reason stop
     context_length: int = 100_000  # words
     usage: bool = True
+    logprobs: bool = False  # tells them when asked: -1 for what it says, -2 for the one likeliest token beside it
 
     first_ms: int = 0
     delay_ms: int = 0  # before each token
@@ -94,6 +95,17 @@ class Plan:
     tokens: list[str]
     finish: str
     prompt_tokens: int
+
+
+def _scores(token: str, chat: bool) -> dict[str, Any]:
+    """In the shape of the route."""
+    if not chat:
+        return {"tokens": [token], "token_logprobs": [-1.0], "top_logprobs": [{token: -1.0, " or": -2.0}]}
+    ones = [
+        {"token": text, "logprob": value, "bytes": list(text.encode())}
+        for text, value in ((token, -1.0), (" or", -2.0))
+    ]
+    return {"content": [{**ones[0], "top_logprobs": ones}]}
 
 
 class FakeNode:
@@ -274,7 +286,8 @@ class FakeNode:
                 return
             if number == knobs.end_at:
                 return
-            yield self._event({"content": token}, chat=chat)
+            scores = _scores(token, chat) if knobs.logprobs and call.body.get("logprobs") not in (None, False) else None
+            yield self._event({"content": token}, chat=chat, scores=scores)
             call.tokens_sent = number + 1
         while knobs.huge:
             yield self._event({"content": " more" * 2000}, chat=chat)
@@ -285,8 +298,8 @@ class FakeNode:
         if not knobs.no_done:
             yield "data: [DONE]\n\n"
 
-    def _event(self, delta: dict[str, str], *, finish: str | None = None, chat: bool = True) -> str:
-        choice: dict[str, Any] = {"index": 0, "finish_reason": finish}
+    def _event(self, delta: dict[str, str], *, finish: str | None = None, chat: bool = True, scores: Any = None) -> str:
+        choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "logprobs": scores}
         choice |= {"delta": delta} if chat else {"text": delta.get("content", "")}
         chunk = {"id": "fake-1", "object": "chat.completion.chunk", "model": self.knobs.model, "choices": [choice]}
         return f"data: {orjson.dumps(chunk).decode()}\n\n"

@@ -1,0 +1,126 @@
+"""Log probabilities of HTTP nodes: both shapes read, placed in the text, and nothing believed that makes no sense."""
+
+from typing import Any
+
+import pytest
+
+from bus.codec.logprobs import Candidate, shown_records
+from bus.jobs import Sampling
+from gpu_worker.relay_engine.faults import NodeBroke
+from gpu_worker.relay_engine.scores import Placing, read_scores
+from tests.harness.fake_openai import FakeNode
+from tests.relay.test_engine import Bench, Result, bench, expected, node, session
+
+__all__ = ["bench", "node", "session"]  # fixtures
+
+
+def entry(token: str = "mill", logprob: Any = -0.5, **more: Any) -> dict[str, Any]:
+    return {"token": token, "logprob": logprob, "bytes": list(token.encode())} | more
+
+
+def test_a_chats_entries_are_tokens_with_the_likeliest() -> None:
+    half = entry("\\xe2", bytes=[0xE2], top_logprobs=[entry("a", -0.1), entry("b", -2)])
+    special = entry("<|im_end|>", bytes=None)
+
+    assert read_scores({"content": [half, special, entry("x", -1e30)], "refusal": None}) == (
+        (Candidate(b"\xe2", -0.5), Candidate(b"a", -0.1), Candidate(b"b", -2.0)),
+        (Candidate(b"<|im_end|>", -0.5, special=True),),
+        (Candidate(b"x", -9999.0),),
+    )
+
+
+def test_the_older_lists_are_read_too() -> None:
+    lists = {"tokens": ["a", "b"], "token_logprobs": [-1, -2], "top_logprobs": [{"c": -3, "a": -1}, None]}
+
+    assert read_scores(lists) == (
+        (Candidate(b"a", -1.0), Candidate(b"a", -1.0), Candidate(b"c", -3.0)),
+        (Candidate(b"b", -2.0),),
+    )
+
+
+@pytest.mark.parametrize("nothing", [None, {}, {"content": None}, "x", []])
+def test_a_node_may_tell_none(nothing: Any) -> None:
+    assert read_scores(nothing) is None
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        {"content": [5]},
+        {"content": [entry() | {"token": 5}]},
+        {"content": [entry(logprob="-1")]},
+        {"content": [entry(logprob=None)]},
+        {"content": [entry(logprob=True)]},
+        {"content": [entry(logprob=float("nan"))]},
+        {"content": [entry(bytes=[256])]},
+        {"content": [entry(bytes="x")]},
+        {"content": [entry(bytes=[True])]},
+        {"content": [entry("x" * 2000)]},
+        {"content": [entry(top_logprobs=5)]},
+        {"content": [entry(top_logprobs=[None])]},
+        {"tokens": ["a"]},
+        {"tokens": ["a"], "token_logprobs": [-1, -2]},
+        {"tokens": [5], "token_logprobs": [-1]},
+    ],
+)
+def test_what_makes_no_sense_fails_the_call(found: Any) -> None:
+    with pytest.raises(NodeBroke):
+        read_scores(found)
+
+
+def test_tokens_that_were_shown_before_are_left_out() -> None:
+    scores = read_scores({"content": [entry("ab"), entry("cd"), entry("ef")]})
+    assert scores is not None
+
+    said_again = shown_records(Placing(4, again=True).records(scores, 0), 6)
+    went_on = shown_records(Placing(4, again=False).records(scores[2:], 0), 6)
+
+    assert [(one.at, one.chosen.token) for one in said_again] == [(4, b"ef")]
+    assert went_on == said_again
+
+
+def log_of(result: Result) -> list[tuple[int, bytes, float, int]]:
+    raw = b"".join(piece.logprobs for piece in result.pieces)
+    return [(one.at, one.chosen.token, one.chosen.logprob, len(one.top)) for one in shown_records(raw, 10_000)]
+
+
+@pytest.mark.parametrize("job", [{}, {"stream": False}, {"prompt": "Tell me about mills", "messages": ()}])
+async def test_they_come_through_beside_the_text(bench: Bench, node: FakeNode, job: dict[str, Any]) -> None:
+    node.turn(logprobs=True)
+
+    result = await bench.run(logprobs=1, **job)
+
+    records = log_of(result)
+    assert result.text == expected() == b"".join(token for _, token, _, _ in records)
+    assert [at for at, *_ in records] == [len(result.text[:at]) for at, *_ in records]
+    assert {(value, top) for *_, value, top in records} == {(-1.0, 1)}
+
+
+async def test_they_go_on_behind_the_text_of_an_earlier_attempt(bench: Bench, node: FakeNode) -> None:
+    node.turn(logprobs=True)
+    shown = expected(5)
+
+    result = await bench.run(shown, logprobs=1)
+
+    records = log_of(result)
+    assert records[0][0] == len(shown)
+    assert b"".join(token for _, token, _, _ in records) == expected()[len(shown) :]
+
+
+async def test_a_node_that_gives_none_refuses_by_name_and_keeps_its_good_record(bench: Bench, node: FakeNode) -> None:
+    """However often it is asked: its breaker is not for clients to open."""
+    for turn in range(6):
+        bench.submit(f"s{turn}", logprobs=0)
+        end = (await bench.result(f"s{turn}")).end
+
+        assert (end.reason, end.error_code, end.fault) == ("error", "bad_request", "client")
+        assert "logprobs" in end.error_message
+
+
+async def test_penalties_and_biases_reach_the_node(bench: Bench, node: FakeNode) -> None:
+    await bench.run(sampling=Sampling(presence_penalty=0.5, min_p=0.1, logit_bias=((5, -1.0),)))
+
+    body = node.calls[-1].body
+    assert (body["presence_penalty"], body["min_p"], body["logit_bias"]) == (0.5, 0.1, {"5": -1.0})
+    assert "frequency_penalty" not in body
+    assert "logprobs" not in body
