@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gpu_worker.torch_engine.norm import RmsNorm
+
 
 @dataclasses.dataclass(frozen=True)
 class Ops:
     kind: str  # for the log
     rotate_and_store: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
     gated_silu: Callable[[Tensor], Tensor]
+    add_norm: Callable[[Tensor, Tensor, RmsNorm], tuple[Tensor, Tensor]]
 
 
 def rotate_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -38,4 +41,10 @@ def gated_silu(gate_up: Tensor) -> Tensor:
     return functional.silu(gate).mul_(up)
 
 
-PLAIN = Ops("plain", rotate_and_store, gated_silu)
+def add_norm(delta: Tensor, hidden: Tensor, norm: RmsNorm) -> tuple[Tensor, Tensor]:
+    """(rows, n) each. Returns delta + hidden, in place of delta, and its norm."""
+    added = delta.add_(hidden)
+    return added, norm(added)
+
+
+PLAIN = Ops("plain", rotate_and_store, gated_silu, add_norm)
