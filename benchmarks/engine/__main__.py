@@ -2,7 +2,7 @@
 
     python -m benchmarks.engine                                  all peers (their venvs are made on the first run)
     python -m benchmarks.engine --peers llama.cpp,vllm --rounds 3 --json var/bench/engine.json
-    python -m benchmarks.engine --peers none --no-gateway --levels 1,8 --new 48 --threads 1
+    python -m benchmarks.engine --peers none --no-gateway --no-perplexity --levels 1,8 --new 48
 
 For each level that many requests arrive together; all contenders get the same prompts, run on the same number of
 threads, answer greedily and to the end. All are started first and then take turns, burst by burst, so that a
@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import random
+import subprocess
 import sys
 import time
 from contextlib import ExitStack
@@ -32,20 +33,18 @@ from benchmarks.engine.contenders import (
     choose_peers,
     command_of,
 )
+from benchmarks.engine.costs import StepCost, step_cost, weight_bytes
 from benchmarks.engine.dense import dense_copy
-from benchmarks.engine.figures import Burst, StepCost, measure, over_rounds, step_cost
+from benchmarks.engine.figures import Burst, measure, over_rounds
 from benchmarks.engine.process import Driver, DriverFailed
 from benchmarks.engine.report import Row, rate, skipped, table
 from benchmarks.engine.roofs import Roof, describe_machine, measure_roof
 from gpu_worker.torch_engine.model_config import ModelConfig, parse_config
 
 CONTEXT_SPARE = 64  # tokens of room beyond prompt and answer, for whoever counts in blocks
-LONG_PROMPT = 2000
-RUNNING_BESIDE = 4
 BURST_LIMIT_S = 1800.0
 SETTLE_S = 0.5  # spinning threads of the one before go to sleep
 WARM_UP_TOKENS = 4
-BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "half": 2.0, "packed": 4.0, "plain": 4.0}
 
 
 @dataclasses.dataclass
@@ -87,7 +86,6 @@ def main() -> None:
         running = start_all(options, stack, failures)
         for contender in running:
             print(f"- {contender.contender.name}: {told(contender.driver.ready)}", flush=True)
-        stall = measure_stall(running[0], prompts) if running else None
         try:
             for number in range(options.rounds):
                 for level in options.levels:
@@ -96,7 +94,11 @@ def main() -> None:
             print("interrupted; what was measured until now:", file=sys.stderr)
     # After all others have ended, and last: its arrays would count as somebody's memory.
     roofs = [measure_roof(threads) for threads in sorted({1, options.threads})]
-    report(options, running, stall, roofs, failures)
+    report(options, running, roofs, failures)
+    if options.perplexity:
+        print("\nperplexity of a fixed text (benchmarks/perplexity.py) by how weights are held:", flush=True)
+        command = [sys.executable, "-m", "benchmarks.perplexity", "--model", str(options.model)]
+        subprocess.run([*command, "--threads", str(options.threads)], cwd=ROOT, check=False)
 
 
 def start_all(options: argparse.Namespace, stack: ExitStack, failures: dict[str, str]) -> list[Running]:
@@ -155,18 +157,9 @@ def one_round(
         time.sleep(SETTLE_S)
 
 
-def measure_stall(first: Running, prompts: Prompts) -> dict[str, Any] | None:
-    """Only of our engine in process: the others have no door for it."""
-    if first.contender is not ENGINE:
-        return None
-    beside = {"prompts": prompts.several(RUNNING_BESIDE, 32), "prompt": prompts.one(LONG_PROMPT)}
-    return first.driver.ask({"do": "stall", **beside}, BURST_LIMIT_S)
-
-
 def report(
     options: argparse.Namespace,
     running: list[Running],
-    stall: dict[str, Any] | None,
     roofs: list[Roof],
     failures: dict[str, str],
 ) -> None:
@@ -181,11 +174,6 @@ def report(
     print(table(rows, bandwidth=roof.bandwidth, products=roof.product))
     if failures:
         print(f"\n{skipped(failures)}")
-    if stall is not None:
-        print(
-            f"\nengine, {RUNNING_BESIDE} running answers, ms between tokens: {stall['alone']:.1f} alone;"
-            f" {stall['median']:.1f} (longest {stall['longest']:.1f}) while a prompt of {LONG_PROMPT} tokens comes in"
-        )
     print("\nroofs, of which the last two columns are shares:")
     for one_roof in roofs:
         print(
@@ -194,36 +182,17 @@ def report(
         )
     print(f"load at the end {', '.join(f'{load:.2f}' for load in os.getloadavg())}")
     if options.json:
-        write_json(options.json, rows, running, stall, roofs, failures)
+        write_json(options.json, rows, running, roofs, failures)
 
 
 def cost_of(one: Running, requests: int, shape: ModelConfig, options: argparse.Namespace) -> StepCost | None:
     """What a step of it reads and computes; None where its storage is not known."""
-    ready, weights = one.driver.ready, matrix_values(shape)
-    if one.contender.reads_gguf:
-        weight_bytes = float(options.gguf.stat().st_size)
-    elif ready.get("weight_mib"):
-        weight_bytes = ready["weight_mib"] * 2.0**20
-    else:
-        kind = ready.get("weight_kind", ready.get("storage", ""))
-        if kind not in BYTES_PER_WEIGHT:
-            return None
-        weight_bytes = weights * BYTES_PER_WEIGHT[kind]
-    return step_cost(
-        requests=requests,
-        tokens=options.prompt + options.new / 2,
-        weights=weights,
-        weight_bytes=weight_bytes,
-        kv_values=shape.kv_values_per_token,
-        kv_itemsize=ready["kv_itemsize"],
-        query=shape.layers * shape.heads * shape.head_dim,
-    )
-
-
-def matrix_values(shape: ModelConfig) -> int:
-    """Weights in matrices that a decode step multiplies by, head included."""
-    heads = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim  # query and output; keys and values
-    return shape.hidden * (shape.layers * (heads + 3 * shape.intermediate) + shape.vocabulary)
+    ready = one.driver.ready
+    read = weight_bytes(ready, shape, options.gguf.stat().st_size if one.contender.reads_gguf else None)
+    if read is None:
+        return None
+    tokens = options.prompt + options.new / 2
+    return step_cost(shape, requests=requests, tokens=tokens, weight_bytes=read, kv_itemsize=ready["kv_itemsize"])
 
 
 def told(ready: dict[str, Any]) -> str:
@@ -238,7 +207,6 @@ def write_json(
     path: Path,
     rows: list[Row],
     running: list[Running],
-    stall: dict[str, Any] | None,
     roofs: list[Roof],
     failures: dict[str, str],
 ) -> None:
@@ -252,7 +220,6 @@ def write_json(
             one.contender.name: [dataclasses.asdict(burst) for bursts in one.bursts.values() for burst in bursts]
             for one in running
         },
-        "stall": stall,
         "not_measured": failures,
     }
     path.write_text(json.dumps(content, indent=1))
@@ -269,6 +236,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of our engine")
     parser.add_argument("--peers", type=to_peers, default="llama.cpp,vllm,transformers", help="names, beginnings, none")
     parser.add_argument("--gateway", action=argparse.BooleanOptionalAction, default=True, help="our whole fleet, too")
+    parser.add_argument("--perplexity", action=argparse.BooleanOptionalAction, default=True, help="of our forms")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1, help="of the prompts")
     parser.add_argument("--json", type=Path, help="also write every figure to this file")

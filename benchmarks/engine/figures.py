@@ -1,4 +1,4 @@
-"""What a burst's token times say, and what a step of that speed takes of the machine. Pure.
+"""What the token times of bursts say. Pure.
 
 requests        prompt | answer
    a       |===========|+  +  +  +  +  +  +  +  +  +
@@ -44,14 +44,6 @@ class Figures:
     between_p99_ms: float
     peak_mib: float
     largest_mib: float
-
-
-@dataclasses.dataclass(frozen=True)
-class StepCost:
-    """What one decode step has to do at least, for one number of requests."""
-
-    bytes_read: float  # weights once, and every request's keys and values
-    operations: float  # multiplications and additions
 
 
 def token_times(arrivals: Arrivals) -> list[list[float]]:
@@ -105,14 +97,3 @@ def over_rounds(rounds: Sequence[Burst]) -> Figures:
 
 def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
-
-
-def step_cost(
-    *, requests: int, tokens: float, weights: int, weight_bytes: float, kv_values: int, kv_itemsize: int, query: int
-) -> StepCost:
-    """tokens: of a sequence, in the middle of its answer. weights: values in matrices that every step multiplies by.
-    kv_values: keys and values of one token, all layers. query: values of one token's queries, all layers.
-    """
-    kv_bytes = requests * tokens * kv_values * kv_itemsize
-    attention = 4 * tokens * query  # scores and their sum of values: a multiplication and an addition each
-    return StepCost(weight_bytes + kv_bytes, requests * (2 * weights + attention))

@@ -1,7 +1,6 @@
 """Driver of our engine, in process: its steps called one after the other, no bus, no HTTP, no other thread."""
 
 import logging
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,6 @@ from gpu_worker.torch_engine.assembly import Assembled, assemble
 from gpu_worker.torch_engine.config import TorchEngineConfig
 from gpu_worker.torch_engine.prompt import Answer, prepare
 
-LONG_PROMPT = 2000
-LONG_CONTEXT = LONG_PROMPT + 5 * 512
-ALONE_STEPS = 30
-ALONE_SKIPPED = 10
-
 
 def main() -> None:
     pipe, options = claim_stdout(), parse_options()
@@ -34,7 +28,7 @@ def main() -> None:
             capacity=options.requests,
             dtype=options.dtype,
             threads=options.threads,
-            kv_tokens=max(options.requests * options.context, LONG_CONTEXT),
+            kv_tokens=options.requests * options.context,
             prefix_cache=False,  # every prompt of a burst is new
         )
     )
@@ -47,12 +41,7 @@ def main() -> None:
         "kv_itemsize": getattr(torch, said["dtype"]).itemsize,
         "start_s": time.perf_counter() - began_s,
     }
-    serve(
-        pipe,
-        ready,
-        burst=lambda prompts, new: burst(engine, prompts, new),
-        stall=lambda prompts, prompt: stall(engine, prompts, prompt),
-    )
+    serve(pipe, ready, burst=lambda prompts, new: burst(engine, prompts, new))
 
 
 class StartRecord(logging.Handler):
@@ -78,29 +67,6 @@ def burst(engine: Assembled, prompts: list[list[int]], new: int) -> dict[str, An
         for piece in pieces:
             came[piece.sequence].append((at_s, len(piece.tokens)))
     return {"arrivals": list(came.values())}
-
-
-def stall(engine: Assembled, prompts: list[list[int]], prompt: list[int]) -> dict[str, float]:
-    """Time between tokens of running answers, ms: median alone; median and longest while a long prompt comes in."""
-    for number, running in enumerate(prompts):
-        engine.core.add(to_answer(engine, f"running-{number}", running, 400))
-    alone = [step_ms(engine) for _ in range(ALONE_STEPS)][ALONE_SKIPPED:]
-    long = to_answer(engine, "long", prompt, 1)
-    engine.core.add(long)
-    beside = []
-    while not long.sequence.first_token_s:
-        beside.append(step_ms(engine))
-    for number in range(len(prompts)):
-        engine.core.cancel(f"running-{number}")
-    while not engine.core.idle:
-        engine.core.step()
-    return {"alone": statistics.median(alone), "median": statistics.median(beside), "longest": max(beside)}
-
-
-def step_ms(engine: Assembled) -> float:
-    began_s = time.perf_counter()
-    engine.core.step()
-    return 1000 * (time.perf_counter() - began_s)
 
 
 def to_answer(engine: Assembled, name: str, prompt: list[int], new: int) -> Answer:

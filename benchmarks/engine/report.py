@@ -3,7 +3,8 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from benchmarks.engine.figures import Figures, StepCost
+from benchmarks.engine.costs import StepCost
+from benchmarks.engine.figures import Figures
 
 HEAD = (
     "| requests | | decode tokens/s | first token p50 / max ms | between tokens p50 / p99 ms | memory MiB"
