@@ -16,6 +16,7 @@ from itertools import pairwise
 MATCH_LEAST = 2  # tokens that must have been seen before
 MATCH_MOST = 4  # of equal matches the latest one counts, so longer ones need not be told apart
 TRIED_MAX = 16  # earlier places looked at
+INDEXED_MAX = 4096  # tokens looked at for the first time in one step, some milliseconds; a longer prompt takes several
 PAUSE_LEAST, PAUSE_MOST = 8, 256  # tokens without a guess after the second failure in a row
 SHARE_FIRST = 0.5  # of guesses that are right, before any was made
 FOLLOW, FORGET = 0.1, 0.01  # weight of the newest share; of the first one, in a step without guesses
@@ -43,11 +44,12 @@ class Lookup:
     def _index(self, tokens: Sequence[int]) -> None:
         """All pairs but the last, which would only find itself."""
         start = max(self._indexed, 1)
-        self._before += [0] * (len(tokens) - 1 - len(self._before))
-        for place, pair in enumerate(pairwise(tokens[start - 1 : len(tokens) - 1]), start):
+        end = min(len(tokens) - 1, start + INDEXED_MAX)
+        self._before += [0] * (end - len(self._before))
+        for place, pair in enumerate(pairwise(tokens[start - 1 : end]), start):
             self._before[place] = self._latest.get(pair, 0)
             self._latest[pair] = place
-        self._indexed = len(tokens) - 1
+        self._indexed = end
 
     def _best(self, tokens: Sequence[int]) -> int | None:
         """The place behind the longest match of the tail, the latest of equals."""

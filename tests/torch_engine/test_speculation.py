@@ -13,6 +13,7 @@ from gpu_worker.torch_engine.assembly import Assembled
 from gpu_worker.torch_engine.prompt import Answer, prepare
 from gpu_worker.torch_engine.rates import Rates
 from gpu_worker.torch_engine.speculation import (
+    INDEXED_MAX,
     MATCH_MOST,
     PAUSE_LEAST,
     PAUSE_MOST,
@@ -82,6 +83,13 @@ def test_a_growing_sequence_is_guessed_like_one_that_is_seen_at_once(seed: int) 
         tokens += [chance.randrange(4) for _ in range(chance.choice([0, 1, 1, 3, 20]))]
         most = chance.randrange(1, 9)
         assert lookup.guess(tokens, most) == slow_guess(tokens, most), f"seed {seed}"
+
+
+def test_a_long_prompt_is_looked_at_over_several_steps() -> None:
+    tokens = [*range(100, 100 + INDEXED_MAX), 1, 2, 3, *range(10_000, 10_000 + INDEXED_MAX), 1, 2]
+    lookup = Lookup()
+
+    assert [lookup.guess(tokens, 1) for _ in range(3)] == [(), (3,), (3,)]
 
 
 def judge(trust: Trust, drafted: int, accepted: int, answer_len: int = 0) -> Trust:
