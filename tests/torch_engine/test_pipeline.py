@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from bus.jobs import Sampling
 from gpu_worker.engine import GenerateRequest
 from gpu_worker.torch_engine.assembly import Assembled
 from gpu_worker.torch_engine.kv_blocks import BlockPool
@@ -13,7 +14,7 @@ from gpu_worker.torch_engine.runner import late_rows
 from gpu_worker.torch_engine.scheduler import Scheduler
 from gpu_worker.torch_engine.sequence import SamplingChoice, Sequence, State
 from tests.torch_engine.slot_model import slot_engine
-from tests.torch_engine.tiny import Outcome, deliver, request, run, tiny_engine
+from tests.torch_engine.tiny import GREEDY, Outcome, deliver, request, run, tiny_engine
 
 
 def ahead(engine: Assembled) -> Assembled:
@@ -28,9 +29,13 @@ def begin(engine: Assembled, wanted: GenerateRequest, outcomes: dict[str, Outcom
     deliver(engine.core.add(answer), outcomes)
 
 
-@pytest.mark.parametrize("capacity", [1, 3, 8])
-def test_the_pieces_of_every_sequence_are_the_same(model_dir: Path, capacity: int) -> None:
-    wanted = [request(str(n), f"{n} the river and the mill " * (1 + n % 4), seed=n) for n in range(9)]
+COUNTING = Sampling(temperature=0.7, frequency_penalty=0.5, repetition_penalty=1.2)  # looks at the late token too
+
+
+@pytest.mark.parametrize(("capacity", "sampling"), [(1, GREEDY), (3, COUNTING), (8, GREEDY)])
+def test_the_pieces_of_every_sequence_are_the_same(model_dir: Path, capacity: int, sampling: Sampling) -> None:
+    texts = [f"{n} the river and the mill " * (1 + n % 4) for n in range(9)]
+    wanted = [request(str(n), text, seed=n, sampling=sampling, logprobs=2) for n, text in enumerate(texts)]
 
     at_once = run(tiny_engine(model_dir, capacity=capacity), wanted)
     one_ahead = run(ahead(tiny_engine(model_dir, capacity=capacity)), wanted)

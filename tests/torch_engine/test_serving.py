@@ -18,6 +18,12 @@ from gpu_worker.torch_engine.prompt import Answer, prepare
 from tests.torch_engine.slot_model import slot_engine
 from tests.torch_engine.tiny import GREEDY, Outcome, deliver, request, run
 
+SAMPLINGS = [
+    GREEDY,
+    Sampling(temperature=0.8),
+    Sampling(temperature=1.5, top_k=3),
+    Sampling(temperature=0.7, frequency_penalty=0.5, presence_penalty=0.5, repetition_penalty=1.2),
+]
 LETTERS = "abcdefghi"
 STEPS_MAX = 20_000
 
@@ -97,7 +103,7 @@ def visit(name: str, chance: random.Random, life: Life, shared: str, directory: 
         messages=(),
         prompt=text[: min(prompt_max, chance.choice([10, 10, 200]))],
         max_tokens=chance.choice([1, 9, 30, 30, None]),
-        sampling=chance.choice([GREEDY, Sampling(temperature=0.8), Sampling(temperature=1.5, top_k=3)]),
+        sampling=chance.choice(SAMPLINGS),
         stop=tuple("".join(chance.choices(LETTERS, k=3)) for _ in range(chance.choice([0, 0, 1, 2]))),
         ignore_eos=chance.random() < 0.6,
         seed=chance.randrange(1 << 32),
