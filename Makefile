@@ -56,3 +56,4 @@ setup-dev:
 
 model:
 	@$(BIN)/python -m gpu_worker.model_files fetch >/dev/null
+	@$(BIN)/python -m gpu_worker.torch_engine.kernels

@@ -18,6 +18,7 @@ from typing import Any, Literal, Self
 EngineKind = Literal["torch", "relay", "echo"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Dtype = Literal["auto", "float32", "bfloat16"]
+Kernels = Literal["auto", "compiled", "torch"]
 PREFIX = "MILLRACE_"
 SERVER_URL_FILE = "redis-url"  # in var_dir: where `millrace up` says which server its fleet uses
 
@@ -107,6 +108,7 @@ class Settings:
     capacity: int = _setting(8, WORKER, "sequences that a worker decodes at once", least=1)
     threads: int | None = _setting(None, WORKER, "CPU threads of torch; empty: all cores but one, two on large machines", least=1)
     dtype: Dtype = _setting("auto", WORKER, "weights: `float32`, `bfloat16`, or `auto` by what the device is fast at")
+    kernels: Kernels = _setting("auto", WORKER, "on a CPU: `compiled` ones, `torch`'s operations, or `auto`: compiled where the machine and the model allow")
     kv_tokens: int | None = _setting(None, WORKER, "tokens that the KV cache holds; empty: by model, capacity and memory", least=64)
     prefill_chunk: int = _setting(512, WORKER, "most prompt tokens processed in one step, so that running answers go on", least=1)
     speculate: int = _setting(0, WORKER, "tokens guessed at once from what was said before (prompt lookup) and verified by the model; 0: none; 8 suits edits, quotes and code", least=0)

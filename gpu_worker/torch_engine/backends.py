@@ -2,38 +2,71 @@
 
 import dataclasses
 import logging
+import platform
 from collections.abc import Callable
-from typing import cast
+from typing import Any, Generic, cast
 
 import torch
 
+from gpu_worker.engine import EngineStartError
+from gpu_worker.torch_engine.config import TorchEngineConfig
 from gpu_worker.torch_engine.cuda.graphs import GraphDecoder, cuda_capture
 from gpu_worker.torch_engine.cuda.paged import PagedAttention, Probed, VarlenAttention, probe
-from gpu_worker.torch_engine.model import Decoder, Model, ModelWeights
+from gpu_worker.torch_engine.kernels.decoder import CompiledDecoder, supports
+from gpu_worker.torch_engine.kernels.ready import compile_now, has_fused_multiply_add, host_features
+from gpu_worker.torch_engine.kernels.weights import PackedFactory, PackedWeight
+from gpu_worker.torch_engine.linear import Linear, LinearFactory
+from gpu_worker.torch_engine.loader import MatrixFactory
+from gpu_worker.torch_engine.model import Decoder, Matrix, Model, ModelWeights
 from gpu_worker.torch_engine.model_config import ModelConfig
-from gpu_worker.torch_engine.ops import PLAIN
+from gpu_worker.torch_engine.ops import PLAIN, Ops
 from gpu_worker.torch_engine.tiles import TileAttention
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Backend:
+class Backend(Generic[Matrix]):
     block_tokens: int
     depth: int  # steps in flight while the next is launched
-    build: Callable[[ModelWeights, int, int], Model]  # from weights, blocks, context
+    factory: MatrixFactory[Matrix]
+    build: Callable[[ModelWeights[Matrix], int, int], Model]  # from weights, blocks, context
 
 
 def choose_backend(
-    shape: ModelConfig, *, capacity: int, exact: bool, device: torch.device, dtype: torch.dtype
-) -> Backend:
-    """capacity: decode rows of one step, at most. exact: rows must come out in the same bits in any batch."""
+    shape: ModelConfig, config: TorchEngineConfig, *, threads: int, device: torch.device, dtype: torch.dtype
+) -> Backend[Any]:
+    """threads: of a CPU. Raises EngineStartError if kernels were asked for that cannot be used."""
     if device.type == "cuda":
         found = probe_paged(shape, device, dtype)
         if isinstance(found, Probed):
-            return paged_backend(shape, found, capacity=capacity, device=device, dtype=dtype)
+            return paged_backend(shape, found, capacity=config.capacity, device=device, dtype=dtype)
         log.warning("paged attention cannot be used, the slower tiles are", extra={"reason": found})
-    return tile_backend(shape, exact=exact, device=device, dtype=dtype)
+    elif config.kernels != "torch":
+        reason = why_not_compiled(shape, dtype)
+        if reason is None:
+            return compiled_backend(shape, threads=threads)
+        if config.kernels == "compiled":
+            raise EngineStartError(f"MILLRACE_KERNELS=compiled cannot be had here: {reason}")
+        log.warning("compiled kernels cannot be used, torch's slower operations are", extra={"reason": reason})
+    return tile_backend(shape, device=device, dtype=dtype)
+
+
+def why_not_compiled(shape: ModelConfig, dtype: torch.dtype) -> str | None:
+    """None: the compiled kernels can be used."""
+    if dtype != torch.float32:
+        return f"they compute in float32, and {str(dtype).removeprefix('torch.')} was chosen"
+    if not has_fused_multiply_add(platform.machine(), host_features()):
+        return "this CPU has no fused multiply-add"
+    return None if supports(shape) else "the model's widths are no multiples of 32"
+
+
+def compiled_backend(shape: ModelConfig, *, threads: int) -> Backend[Any]:
+    def build(weights: ModelWeights[PackedWeight], blocks: int, context: int) -> Model:
+        compile_now(log.info)
+        return CompiledDecoder(shape, weights, blocks=blocks, context=context, threads=threads)
+
+    return Backend(CompiledDecoder.block_tokens, 0, PackedFactory(), build)
 
 
 def probe_paged(shape: ModelConfig, device: torch.device, dtype: torch.dtype) -> Probed | str:
@@ -50,19 +83,39 @@ def flash_varlen() -> VarlenAttention:
     return cast(VarlenAttention, varlen_attn)
 
 
-def tile_backend(shape: ModelConfig, *, exact: bool, device: torch.device, dtype: torch.dtype) -> Backend:
-    def build(weights: ModelWeights, blocks: int, context: int) -> Model:
+def choose_ops(device: torch.device, dtype: torch.dtype) -> Ops:
+    """Triton's kernels where they compile and are right."""
+    try:
+        from gpu_worker.torch_engine.cuda.fused import fused_ops  # here: a torch without CUDA has no Triton
+    except ImportError as error:
+        found: Ops | str = str(error)
+    else:
+        found = fused_ops(device, dtype)
+    if isinstance(found, Ops):
+        return found
+    log.warning("Triton cannot be used, operations are not fused", extra={"reason": found})
+    return PLAIN
+
+
+def tile_backend(shape: ModelConfig, *, device: torch.device, dtype: torch.dtype) -> Backend[Linear]:
+    factory = LinearFactory(device=device, dtype=dtype)
+
+    def build(weights: ModelWeights[Linear], blocks: int, context: int) -> Model:
         layers = range(len(weights.layers))
-        attention = TileAttention(shape, layers, blocks, context=context, exact=exact, device=device, dtype=dtype)
+        attention = TileAttention(
+            shape, layers, blocks, context=context, exact=factory.exact, device=device, dtype=dtype
+        )
         return Decoder(shape, weights, attention, dtype=dtype)
 
-    return Backend(TileAttention.block_tokens, 0, build)
+    return Backend(TileAttention.block_tokens, 0, factory, build)
 
 
 def paged_backend(
     shape: ModelConfig, probed: Probed, *, capacity: int, device: torch.device, dtype: torch.dtype
-) -> Backend:
-    def build(weights: ModelWeights, blocks: int, context: int) -> Model:
+) -> Backend[Linear]:
+    ops = choose_ops(device, dtype)
+
+    def build(weights: ModelWeights[Linear], blocks: int, context: int) -> Model:
         attention = PagedAttention(
             shape,
             range(len(weights.layers)),
@@ -70,11 +123,11 @@ def paged_backend(
             context=context,
             varlen=flash_varlen(),
             decode_splits=probed.decode_splits,
-            ops=PLAIN,
+            ops=ops,
             device=device,
             dtype=dtype,
         )
-        decoder = Decoder(shape, weights, attention, dtype=dtype)
+        decoder = Decoder(shape, weights, attention, dtype=dtype, ops=ops)
         return GraphDecoder(decoder, attention, capacity=capacity, context=context, capture=cuda_capture())
 
-    return Backend(PagedAttention.block_tokens, 1, build)
+    return Backend(PagedAttention.block_tokens, 1, LinearFactory(device=device, dtype=dtype), build)

@@ -18,7 +18,8 @@ class TorchEngineConfig:
     capacity: int = 8  # sequences decoded at once
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    threads: int | None = None  # CPU threads of torch
+    kernels: Literal["auto", "compiled", "torch"] = "auto"  # of a CPU
+    threads: int | None = None  # of a CPU
     kv_tokens: int | None = None  # tokens that the KV cache holds
     prefill_chunk: int = 512  # most prompt tokens of one step
     speculate: int = 0  # most tokens guessed at once of one answer (speculation.py); 0: none
@@ -42,6 +43,7 @@ class TorchEngineConfig:
             model_name=settings.model,
             capacity=settings.capacity,
             dtype=settings.dtype,
+            kernels=settings.kernels,
             threads=settings.threads,
             kv_tokens=settings.kv_tokens,
             prefill_chunk=settings.prefill_chunk,

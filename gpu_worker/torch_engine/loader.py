@@ -7,15 +7,14 @@ import time
 from collections.abc import Callable, Container
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gpu_worker.engine import EngineStartError
-from gpu_worker.torch_engine.linear import LinearFactory
-from gpu_worker.torch_engine.model import LayerWeights, ModelWeights
+from gpu_worker.torch_engine.model import LayerWeights, Matrix, ModelWeights
 from gpu_worker.torch_engine.model_config import ModelConfig
 from gpu_worker.torch_engine.norm import RmsNorm
 from gpu_worker.torch_engine.quantized import GROUP, Quantized, Weight, cat, is_finite
@@ -23,11 +22,25 @@ from gpu_worker.torch_engine.quantized import GROUP, Quantized, Weight, cat, is_
 log = logging.getLogger(__name__)
 
 AnyWeight = TypeVar("AnyWeight", Tensor, Quantized)
+Made = TypeVar("Made", covariant=True)
 Progress = Callable[[float], None]  # 0..1
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 HALVES = {torch.float16}
 SAMPLE_BYTES = 4096
 SAMPLES = 256
+
+
+class MatrixFactory(Protocol[Made]):
+    """Makes what a backend multiplies with. Floats come to it in its dtype on its device."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def build(self, weight: Weight, bias: Tensor | None = None) -> Made:
+        """weight: (out, in); bias: (out,)."""
 
 
 class TensorSource:
@@ -120,8 +133,8 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def load_weights(
-    directory: Path, config: ModelConfig, layers: range, factory: LinearFactory, progress: Progress
-) -> ModelWeights:
+    directory: Path, config: ModelConfig, layers: range, factory: MatrixFactory[Matrix], progress: Progress
+) -> ModelWeights[Matrix]:
     """The weights of a contiguous range of layers, with embeddings at its first end and norm and head at its last."""
     first, last = layers.start == 0, layers.stop == config.layers
     with ExitStack() as stack:
@@ -165,12 +178,14 @@ def compact(embedding: Weight | None) -> Weight | None:
     return half if torch.equal(half.to(torch.float32), embedding) else embedding
 
 
-def _load_layer(source: TensorSource, config: ModelConfig, index: int, factory: LinearFactory) -> LayerWeights:
+def _load_layer(
+    source: TensorSource, config: ModelConfig, index: int, factory: MatrixFactory[Matrix]
+) -> LayerWeights[Matrix]:
     prefix = f"model.layers.{index}."
     hidden, middle = config.hidden, config.intermediate
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
 
-    def fused(names: list[str], outs: list[int], width: int, biased: bool) -> Any:
+    def fused(names: list[str], outs: list[int], width: int, biased: bool) -> Matrix:
         parts = zip(names, outs, strict=True)
         weight = cat([source.take_matrix(f"{prefix}{name}.weight", out, width) for name, out in parts], factory.dtype)
         bias = (

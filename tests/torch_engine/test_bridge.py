@@ -136,7 +136,7 @@ async def test_a_crash_of_the_step_thread_reaches_the_reader(model_dir: Path, ca
         attention.cache.layers.pop()
         return whole
 
-    engine = TorchEngine(engine_config(model_dir), assemble=without_its_end)
+    engine = TorchEngine(engine_config(model_dir, kernels="torch"), assemble=without_its_end)
     await engine.start()
     engine.submit(request("a", "hello"))
 

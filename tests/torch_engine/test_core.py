@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from bus.jobs import Message
 from gpu_worker.engine import End
 from gpu_worker.torch_engine.assembly import Assembled
@@ -9,12 +11,12 @@ from gpu_worker.torch_engine.prompt import Answer, prepare
 from tests.torch_engine.tiny import (
     Outcome,
     deliver,
+    embedding_of,
     request,
     run,
     tiny_engine,
     tiny_model,
     tiny_tokenizer,
-    torch_decoder,
 )
 
 
@@ -103,12 +105,11 @@ def test_a_lone_surrogate_is_the_clients_error(engine: Assembled) -> None:
     assert (end.error_code, end.fault) == ("bad_request", "client")
 
 
-def test_logits_that_are_not_finite_are_the_nodes_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernels", ["compiled", "torch"])
+def test_logits_that_are_not_finite_are_the_nodes_error(kernels: str, tmp_path: Path) -> None:
     """Another node may do better, and the neighbours in the batch go on."""
-    directory = tiny_model(tmp_path)
-    engine = tiny_engine(directory)
-    embedding = torch_decoder(engine).weights.embedding
-    assert embedding is not None
+    engine = tiny_engine(tiny_model(tmp_path), kernels=kernels)
+    embedding = embedding_of(engine)
     poison = engine.text.encode("Q", special=False)[0]
     embedding[poison] = float("nan")
 

@@ -15,6 +15,7 @@ from gpu_worker.engine import End, GenerateRequest, Piece
 from gpu_worker.torch_engine.assembly import Assembled, assemble
 from gpu_worker.torch_engine.config import TorchEngineConfig
 from gpu_worker.torch_engine.detokenizer import byte_level_alphabet
+from gpu_worker.torch_engine.kernels.decoder import CompiledDecoder
 from gpu_worker.torch_engine.model import Decoder
 from gpu_worker.torch_engine.prompt import Answer, prepare
 
@@ -110,12 +111,27 @@ def tiny_engine(directory: Path, **changes: Any) -> Assembled:
 
 
 def torch_decoder(engine: Assembled) -> Decoder:
+    """Of an engine with kernels="torch"."""
     assert isinstance(engine.model, Decoder)
     return engine.model
 
 
+def embedding_of(engine: Assembled) -> torch.Tensor:
+    model = engine.model
+    embedding = model.embedding if isinstance(model, CompiledDecoder) else torch_decoder(engine).weights.embedding
+    assert isinstance(embedding, torch.Tensor)
+    return embedding
+
+
 def engine_config(directory: Path, **changes: Any) -> TorchEngineConfig:
-    plain: dict[str, Any] = {"dtype": "float32", "threads": 1, "warm_up": False, "kv_tokens": 4096, "capacity": 16}
+    plain: dict[str, Any] = {
+        "device": "cpu",
+        "dtype": "float32",
+        "threads": 1,
+        "warm_up": False,
+        "kv_tokens": 4096,
+        "capacity": 16,
+    }
     return TorchEngineConfig(model_dir=directory, model_name="tiny", **(plain | changes))
 
 

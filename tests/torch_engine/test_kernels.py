@@ -1,0 +1,190 @@
+"""The compiled kernels against torch in float64, and the promise that nothing beside a row changes its bits."""
+
+import threading
+import time
+
+import numpy
+import pytest
+import torch
+from torch.nn import functional
+
+from gpu_worker.torch_engine.kernels.functions import exponential, silu
+from gpu_worker.torch_engine.kernels.operations import product_operations
+from gpu_worker.torch_engine.kernels.products import ADD, GATED, KEEP
+from gpu_worker.torch_engine.kernels.program import OPERATION, STEP, Team, address, aligned
+from gpu_worker.torch_engine.kernels.ready import has_fused_multiply_add, host_features
+from gpu_worker.torch_engine.kernels.vectors import compiled, load, store
+from gpu_worker.torch_engine.kernels.weights import FORM_NAMES, PackedWeight, pack
+from gpu_worker.torch_engine.quantized import Quantized, Weight
+
+ROWS = (1, 2, 3, 4, 5, 6, 7, 11, 12, 40)
+OUTPUTS, INPUTS = 112, 96
+
+
+def make_weight(form: str, outputs: int = OUTPUTS, inputs: int = INPUTS) -> Weight:
+    generator = torch.Generator().manual_seed(7)
+    groups = (outputs, inputs // 32)
+    scale = (torch.rand(groups, generator=generator) * 0.1).half()
+    if form == "nibbles":
+        values = torch.randint(0, 256, (outputs, inputs // 2), generator=generator, dtype=torch.uint8)
+        return Quantized(4, values, scale, (-torch.rand(groups, generator=generator)).half())
+    if form == "bytes":
+        values = torch.randint(-128, 128, (outputs, inputs), generator=generator, dtype=torch.int8)
+        return Quantized(8, values, scale, None)
+    floats = torch.randn(outputs, inputs, generator=generator)
+    floats[0, 0] = 1e-9  # no float16
+    if form == "half":
+        return floats.half().float()
+    return floats.bfloat16() if form == "bfloat" else floats
+
+
+def whole(weight: Weight) -> torch.Tensor:
+    return weight.dequantize() if isinstance(weight, Quantized) else weight.float()
+
+
+def multiply(team: Team, weight: PackedWeight, x: numpy.ndarray, out: numpy.ndarray, mode: int) -> None:
+    sums = numpy.zeros((len(x), weight.blocks), numpy.float32)
+    program = numpy.array(product_operations(weight, x, out, mode, sums, team.threads), OPERATION)
+    program["units"][:-1] = program["chunk"][:-1] = len(x)
+    step = numpy.zeros(1, STEP)
+    step["rows"] = len(x)
+    team.run(program, step)
+
+
+@pytest.fixture(scope="module")
+def team():
+    made = Team(2, 1 << 16)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def rows() -> numpy.ndarray:
+    return numpy.random.default_rng(3).standard_normal((40, INPUTS)).astype(numpy.float32)
+
+
+@pytest.mark.parametrize("form", FORM_NAMES)
+@pytest.mark.parametrize("outputs", [OUTPUTS, 100])  # whole panels, an odd number of them; and one that is padded
+def test_each_form_of_weight_multiplies_right_for_any_number_of_rows(form, outputs, team, rows):
+    weight = make_weight(form, outputs)
+    bias = torch.linspace(-1, 1, outputs)
+    packed = pack(weight, bias)
+    assert packed.kind == form
+    exact = torch.from_numpy(rows).double() @ whole(weight).double().T + bias.double()
+    found = []
+    for count in ROWS:
+        out = numpy.zeros((count, packed.panels * 16), numpy.float32)
+        multiply(team, packed, rows[:count], out, KEEP)
+        torch.testing.assert_close(torch.from_numpy(out[:, :outputs]).double(), exact[:count], rtol=1e-5, atol=1e-4)
+        found.append(out)
+    assert all((out == found[-1][: len(out)]).all() for out in found), "a row's bits depend on how many are beside it"
+
+
+@pytest.mark.parametrize("form", FORM_NAMES)
+def test_sums_can_be_added_to_what_is_there(form, team, rows):
+    packed = pack(make_weight(form))
+    for count in (1, 2, 9):
+        kept, added = (numpy.full((count, OUTPUTS), 0.5, numpy.float32) for _ in range(2))
+        multiply(team, packed, rows[:count], kept, KEEP)
+        multiply(team, packed, rows[:count], added, ADD)
+        assert (added == kept + numpy.float32(0.5)).all()
+
+
+@pytest.mark.parametrize("form", FORM_NAMES)
+def test_a_gate_and_its_up_projection_come_out_as_one(form, team, rows):
+    weight = make_weight(form, 96)
+    bias = torch.linspace(-1, 1, 96)
+    packed = pack(weight, bias).interleaved()
+    product = torch.from_numpy(rows).double() @ whole(weight).double().T + bias.double()
+    exact = functional.silu(product[:, :48]) * product[:, 48:]
+    for count in ROWS:
+        out = numpy.zeros((count, 48), numpy.float32)
+        multiply(team, packed, rows[:count], out, GATED)
+        torch.testing.assert_close(torch.from_numpy(out).double(), exact[:count], rtol=1e-5, atol=1e-4)
+
+
+def test_what_a_form_cannot_hold_exactly_goes_to_a_larger_one():
+    floats = torch.randn(16, 32)
+    assert pack(floats.half().float()).kind == "half"
+    assert pack(floats.bfloat16().float() * 2.0**-60).kind == "bfloat"
+    assert pack(floats * 1e-20).kind == "float"
+
+
+@compiled
+def apply_exponential(source: int, target: int) -> None:
+    store(target, exponential(load(source)))
+
+
+@compiled
+def apply_silu(source: int, target: int) -> None:
+    store(target, silu(load(source)))
+
+
+def through(function, values: list[float]) -> torch.Tensor:
+    source, target = (aligned(32).view(numpy.float32) for _ in range(2))
+    source[:] = values
+    function(address(source), address(target))
+    return torch.from_numpy(target)
+
+
+def test_the_exponential_is_right_to_the_last_bits():
+    for start in numpy.arange(-87.0, 88.0, 0.37):
+        values = [start + step * 0.01 for step in range(8)]
+        exact = torch.tensor(values, dtype=torch.float32).double().exp()
+        torch.testing.assert_close(through(apply_exponential, values).double(), exact, rtol=3e-7, atol=0)
+
+
+def test_the_exponential_of_what_is_hidden_is_nothing():
+    infinity, nan = float("inf"), float("nan")
+    found = through(apply_exponential, [-infinity, -1000.0, -87.4, nan, 0.0, 88.0, 1000.0, infinity])
+    assert found[:5].tolist() == [0.0, 0.0, 0.0, 0.0, 1.0]
+    assert found[5:].isfinite().all() and (found[5:] > 1.6e38).all()
+
+
+def test_silu_is_right_also_far_out():
+    values = [-200.0, -88.0, -10.0, -0.5, 0.0, 0.5, 10.0, 200.0]
+    torch.testing.assert_close(
+        through(apply_silu, values), functional.silu(torch.tensor(values)), rtol=1e-6, atol=1e-30
+    )
+
+
+def test_the_same_bits_come_from_any_number_of_threads(rows):
+    packed, found = pack(make_weight("nibbles")), []
+    for threads in (1, 2, 3, 5):
+        made = Team(threads, 1 << 16)
+        for _ in range(20):
+            out = numpy.zeros((40, OUTPUTS), numpy.float32)
+            multiply(made, packed, rows, out, KEEP)
+            found.append(out)
+        made.close()
+    assert all((out == found[0]).all() for out in found)
+
+
+def test_a_helper_that_comes_late_finds_the_turn_closed():
+    made = Team(1, 1 << 10)
+    packed = pack(make_weight("half"))
+    x, out = numpy.ones((1, INPUTS), numpy.float32), numpy.zeros((1, OUTPUTS), numpy.float32)
+    multiply(made, packed, x, out, KEEP)
+    before = out.copy()
+    late = threading.Thread(target=made.help_once)
+    late.start()
+    late.join(10)
+    assert not late.is_alive() and (out == before).all()
+
+
+def test_many_turns_with_more_threads_than_cores_all_end(rows):
+    made = Team(6, 1 << 16)
+    packed = pack(make_weight("nibbles"))
+    out = numpy.zeros((40, OUTPUTS), numpy.float32)
+    until = time.monotonic() + 60
+    for _ in range(300):
+        multiply(made, packed, rows, out, KEEP)
+        assert time.monotonic() < until
+    made.close()
+
+
+def test_a_cpu_without_fused_multiply_add_is_known():
+    assert has_fused_multiply_add("x86_64", {"fma": True})
+    assert not has_fused_multiply_add("x86_64", {"sse2": True})
+    assert has_fused_multiply_add("aarch64", {}) and not has_fused_multiply_add("riscv64", {})
+    assert "sse2" in host_features() or "neon" in host_features()
