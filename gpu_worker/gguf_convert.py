@@ -8,7 +8,6 @@ are put back.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from safetensors.numpy import save_file
 from gpu_worker.engine import EngineStartError
 from gpu_worker.gguf_blocks import Array, Kind, keep_blocks
 from gpu_worker.gguf_config import ROPE_FACTORS, to_config, to_tokenizer_config
+from gpu_worker.gguf_parts import parts_of
 from gpu_worker.gguf_tokenizer import build_tokenizer
 
 SHARD_BYTES = 2 << 30
@@ -45,8 +45,6 @@ OUTER_NAMES = {
 UNQUANTISED = (Kind.F32, Kind.BF16)
 HALF_MAX = 65504.0  # float16 ends there
 
-PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
-
 
 def convert_gguf(source: Path, target: Path, generation: Mapping[str, Any], progress: Callable[[float], None]) -> None:
     """Write `target` (an existing, empty directory). generation: sampling defaults, which GGUF does not carry.
@@ -69,22 +67,6 @@ def convert_gguf(source: Path, target: Path, generation: Mapping[str, Any], prog
     build_tokenizer(metadata).save(str(target / "tokenizer.json"))
     weights = [tensor for tensor in tensors if tensor.name != ROPE_FACTORS]
     write_shards(target, convert_tensors(weights, config, progress))
-
-
-def parts_of(source: Path) -> list[Path]:
-    """All files of the model that `source` is the first file of. Raises EngineStartError on another one, or a gap."""
-    match = PART.search(source.name)
-    if match is None:
-        return [source]
-    number, count = int(match[1]), int(match[2])
-    if number != 1:
-        raise EngineStartError(f"{source.name} is part {number} of {count}: name the first part")
-    stem = source.name[: match.start()]
-    parts = [source.with_name(f"{stem}-{part:05}-of-{count:05}.gguf") for part in range(1, count + 1)]
-    missing = next((part.name for part in parts if not part.is_file()), None)
-    if missing:
-        raise EngineStartError(f"{source.parent}: {missing} is missing, one of {count} parts of the model")
-    return parts
 
 
 def read_gguf(path: Path) -> gguf.GGUFReader:

@@ -14,6 +14,7 @@ import dataclasses
 import fcntl
 import hashlib
 import importlib
+import json
 import logging
 import os
 import shutil
@@ -28,7 +29,7 @@ from typing import Any
 
 from bus.settings import Settings, SettingsError
 from gpu_worker.engine import EngineStartError
-from gpu_worker.gguf_convert import convert_gguf, parts_of, write_json
+from gpu_worker.gguf_parts import parts_of
 
 log = logging.getLogger(__name__)
 
@@ -208,8 +209,9 @@ def convert_once(source: Path, directory: Path, generation: dict[str, Any], prog
     directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".convert-", dir=directory.parent))
     try:
-        convert_gguf(source, scratch, generation, lambda fraction: progress("converting", fraction))
-        write_json(scratch / DONE, {"converter": CONVERTER, "source": source.name})
+        converter = importlib.import_module("gpu_worker.gguf_convert")  # slow to import, and needed once a model
+        converter.convert_gguf(source, scratch, generation, lambda fraction: progress("converting", fraction))
+        (scratch / DONE).write_text(json.dumps({"converter": CONVERTER, "source": source.name}), encoding="utf-8")
         for file in scratch.iterdir():
             file.chmod(0o644)  # the library that writes weights gives them to their owner alone
             _sync(file)

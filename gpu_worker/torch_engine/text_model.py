@@ -87,14 +87,12 @@ def _special_text(value: Any) -> str:
 
 
 def _token_bytes(tokenizer: Tokenizer, eos: frozenset[int]) -> list[bytes]:
-    described = json.loads(tokenizer.to_str())
+    added = tokenizer.get_added_tokens_decoder()
+    hidden = {token for token, described in added.items() if described.special} | eos
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    added = described.get("added_tokens", [])
-    hidden = {token["id"] for token in added if token["special"]} | eos
-    plain = {token["id"] for token in added} - hidden
-    decoder = json.dumps(described.get("decoder"))
+    decoder = tokenizer.decoder.__getstate__().decode() if tokenizer.decoder is not None else ""  # its JSON
     if "ByteLevel" in decoder:
-        return byte_level_bytes(vocabulary, plain, hidden)
+        return byte_level_bytes(vocabulary, added.keys() - hidden, hidden)
     if "ByteFallback" in decoder:
         return byte_fallback_bytes(vocabulary, hidden)
     raise EngineStartError("tokenizer.json: only byte-level and byte-fallback tokenizers are supported")
