@@ -58,7 +58,7 @@ async def job_events(request: web.Request) -> web.StreamResponse:
     include_usage = request.query.get("include_usage", "").lower() in TRUE_WORDS
     with gateway.life.chat():
         try:
-            handle = await gateway.caller.attach(record.job_id, offset)
+            handle = await gateway.caller.attach(record.job_id, offset, scored=record.logprobs)
         except UnknownJob:
             raise no_such_job(record.job_id) from None
         course = Course(resumed=True)

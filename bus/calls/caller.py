@@ -193,15 +193,21 @@ class Caller:
         self._watch.expect_by(call, answer.deadline_ms)
         return handle
 
-    async def attach(self, job_id: str, offset: int = 0) -> JobHandle:
+    async def attach(self, job_id: str, offset: int = 0, *, scored: bool | None = None) -> JobHandle:
         """Take a job's stream over, from byte `offset` of its answer. Raises UnknownJob, LinkDown, ServerError.
 
-        That of a plain producer's job stays where it is; it is followed by reading what is stored.
+        That of a plain producer's job stays where it is; it is followed by reading what is stored. scored: whether the
+        job asks for log probabilities, where the caller knows.
         """
         cell = self.cell_of_job(job_id)
         if cell is None:
             raise UnknownJob(job_id)
-        call = self._calls.get(job_id) or self._enter(JobId(job_id), Following(streamed=True), None)
+        if scored is None and job_id not in self._calls:  # before its text is heard, which takes its records along
+            record = await cell.job(JobId(job_id))
+            scored = record is not None and record.logprobs
+        call = self._calls.get(job_id) or self._enter(
+            JobId(job_id), Following(streamed=True, scored=bool(scored)), None
+        )
         handle = JobHandle(call, offset, existing=True)
         try:
             await self._bring_here(call, cell)
@@ -356,8 +362,6 @@ class Caller:
                 if call.submission is None:
                     call.policy = found.policy
                 self._watch.expect_by(call, found.deadline_ms)
-                if found.logprobs:
-                    call.following.score()
                 if call.following.markers == markers:  # else a marker that we have heard since is the newer one
                     call.following.marker(found.fence, found.text_len)
                 self._watch.settle(call)

@@ -83,10 +83,6 @@ class Following:
         """Frames count from now on: somebody wants them of a job whose first caller waits for the whole."""
         self.streamed = True
 
-    def score(self) -> None:
-        """The job turned out to ask for log probabilities."""
-        self.logprobs = self.logprobs or LogprobLog()
-
     def marker(self, fence: str, text_len: int) -> None:
         """A new attempt took over; it starts at `text_len`, with the same bytes below that."""
         if self.ended is not None or self._pending_end is not None:

@@ -238,9 +238,8 @@ class CallWatch:
 
     async def _stored_records(self, call: Call, cell: Cell, record: JobRecord, start: int) -> bytes | None:
         """Stored log probabilities from byte `start` on, if the job asks for them. Read them after the text."""
-        if not record.logprobs:
+        if call.following.logprobs is None:
             return None
-        call.following.score()
         return await cell.logprobs(call.job_id, record.fence, start)
 
     async def _renew(self, cell: Cell) -> None:

@@ -62,8 +62,7 @@ class FollowCalls(CellBase):
                 case b"attached":
                     fence = Fence(answer[2].decode())
                     policy: Policy = "keep" if answer[5] == b"keep" else "cancel"
-                    state, text_len, deadline_ms, scored = answer[1].decode(), answer[3], answer[4], answer[6]
-                    return Attached(job_id, state, fence, int(text_len), int(deadline_ms), policy, scored == 1)
+                    return Attached(job_id, answer[1].decode(), fence, int(answer[3]), int(answer[4]), policy)
                 case b"plain" | b"ended" | b"unknown":
                     return await self.job(job_id) or Unknown(job_id)
         return Unknown(job_id)

@@ -420,7 +420,6 @@ class Attached(msgspec.Struct, frozen=True):
     text_len: int
     deadline_ms: int
     policy: Policy = "cancel"
-    logprobs: bool = False  # the job asks for log probabilities
 
 
 class Unknown(msgspec.Struct, frozen=True):

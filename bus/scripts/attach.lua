@@ -1,7 +1,7 @@
 -- Another gateway takes the stream over. Not that of a plain producer: he has nobody else to hear the end from.
 -- KEYS job, new out, new gateway's set, old out, old gateway's set, text, tokens. Absent ones are the job's own key.
 -- ARGV job, fence, old route, new route, gateway, out_ttl, job_keep.
--- Answers {'attached', state, fence, text_len, deadline, policy, 1 if it asks for log probabilities}, {'plain', state}, {'ended', state}, {'moved'}, {'unknown'}.
+-- Answers {'attached', state, fence, text_len, deadline, policy}, {'plain', state}, {'ended', state}, {'moved'}, {'unknown'}.
 local job_key, out_key, set_key, old_out, old_set, text_key, tokens_key = unpack(KEYS, 1, 7)
 local job_id, fence, old_route, new_route, gateway = unpack(ARGV, 1, 5)
 local out_ttl, job_keep = tonumber(ARGV[6]), tonumber(ARGV[7])
@@ -34,4 +34,4 @@ if h[1] == 'running' then
   send(out_key, out_ttl, 'type', 'marker', 'job', job_id, 'fence', fence, 'node', string.match(h[5], ON_NODE) or '', 'text_len', text_len,
     'token_len', floor(call('STRLEN', tokens_key) / 4))
 end
-return {'attached', h[1], fence, text_len, deadline, policy, find(flags, 'l', 1, true) and 1 or 0}
+return {'attached', h[1], fence, text_len, deadline, policy}

@@ -77,7 +77,8 @@ def text_of(tokens: Tokens) -> str:
 
 async def stream_of(house: House, **body: Any) -> tuple[str, Tokens, str]:
     """Text, tokens and the job; each chunk's own tokens are checked to begin in its text."""
-    text, tokens, job = "", [], ""
+    text, job = "", ""
+    tokens: Tokens = []
     stream = await house.whole(stream=True, logprobs=True, **body)
     async for chunk in stream:
         job = chunk.id.removeprefix("chatcmpl-")
