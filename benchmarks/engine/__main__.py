@@ -126,6 +126,8 @@ def start(contender: Contender, options: argparse.Namespace) -> Driver:
     environ = {"OMP_NUM_THREADS": str(options.threads)}
     if own:
         environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as the worker has it
+    else:
+        environ["XDG_CACHE_HOME"] = str(BENCH_FOLDER / "cache")  # what vLLM compiles at its first start
     print(f"starting {contender.name}", file=sys.stderr, flush=True)
     BENCH_FOLDER.mkdir(parents=True, exist_ok=True)
     return Driver(command, environ, ROOT, BENCH_FOLDER / f"engine-{contender.name}.log")
