@@ -1,11 +1,15 @@
 """Token by token must read like all at once."""
 
 import random
+from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from gpu_worker.torch_engine.detokenizer import TextStream, byte_fallback_bytes, byte_level_bytes
+from gpu_worker.torch_engine.text_model import TextModel
 from tests.torch_engine.tiny import SPECIAL, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -76,3 +80,116 @@ def test_byte_fallback_tokens_are_bytes_and_the_mark_is_a_space() -> None:
     stream = TextStream(table, ())
 
     assert "".join(stream.feed(token) for token in (0, 1, 2, 3, 4)) == " the日"
+
+
+ALPHABET = (
+    *(
+        "plain ",
+        "text\n",
+        "  ",
+        "don't",
+        "3.14",
+        "naïve",
+        "ß",
+        "Ωλ",
+        "привет",
+        "日本",
+        "語",
+        "한국어",
+        "ไทย",
+        "हिन्दी",
+        "مرحبا",
+        "עברית",
+    ),
+    *(
+        "a\u0301",
+        "n\u0303\u0323",
+        "👩‍👩‍👧‍👦",
+        "🏳️‍🌈",
+        "👍🏽",
+        "🇫🇷",
+        "\u200d",
+        "\u200b",
+        "\ufeff",
+        "\x00",
+        "\x7f",
+        "\r\n",
+        "\t",
+        "\U0010ffff",
+    ),
+)
+
+
+def random_text(chance: random.Random) -> str:
+    return "".join(chance.choice(ALPHABET) for _ in range(chance.randrange(1, 12)))
+
+
+@pytest.fixture(scope="module")
+def text_model(real_model_dir: Path) -> TextModel:
+    return TextModel(real_model_dir)
+
+
+def test_thousands_of_texts_come_back_through_the_default_models_tokenizer(text_model: TextModel) -> None:
+    chance = random.Random(8)
+    for _ in range(2000):
+        text = random_text(chance)
+        tokens = text_model.encode(text, special=False)
+        stream = TextStream(text_model.token_bytes, ())
+
+        shown = [stream.feed(token) for token in tokens]
+
+        assert "".join(shown) + stream.finish() == text == text_model.tokenizer.decode(tokens)
+
+
+def test_what_is_shown_is_never_taken_back(text_model: TextModel) -> None:
+    """Any tokens, cut anywhere: at each moment the shown text begins the whole, and ends with a whole character."""
+    chance = random.Random(9)
+    byte_tokens = [token for token, raw in enumerate(text_model.token_bytes) if raw and raw[0] >= 0x80]
+    for _ in range(1500):
+        tokens = [chance.choice((chance.choice(byte_tokens), chance.randrange(17, 49152))) for _ in range(10)]
+        whole = b"".join(text_model.token_bytes[token] for token in tokens).decode(errors="replace")
+        stream, shown = TextStream(text_model.token_bytes, ()), ""
+        for token in tokens:
+            shown += stream.feed(token)
+            assert whole.startswith(shown)
+        assert shown + stream.finish() == whole == text_model.tokenizer.decode(tokens)
+
+
+def test_a_stop_string_never_leaks_however_tokens_cut_it(text_model: TextModel) -> None:
+    """It may begin and end within tokens. Of several the one that is whole first ends the answer."""
+    chance = random.Random(10)
+    stopped = 0
+    for _ in range(1500):
+        text = random_text(chance)
+        begin = chance.randrange(len(text))
+        stops = [text[begin : begin + chance.randrange(1, 6)], random_text(chance)]
+        stream, shown = TextStream(text_model.token_bytes, stops), ""
+        plain, seen = TextStream(text_model.token_bytes, ()), ""
+        for token in text_model.encode(text, special=False):
+            shown += stream.feed(token)
+            seen += plain.feed(token)
+            places = [seen.find(stop) for stop in stops if stop in seen]
+            assert stream.stopped == bool(places)
+            if places:
+                assert shown == seen[: min(places)]
+                break
+            assert seen.startswith(shown)
+        shown += stream.finish()
+        stopped += stream.stopped
+        assert not any(stop in shown for stop in stops)
+        assert stream.stopped or shown == text
+    assert stopped == 1500
+
+
+def test_special_tokens_have_no_text_and_other_added_ones_stand_as_written() -> None:
+    """A letter of an added token is itself, where the byte alphabet would read it as a byte."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken("<tool é>", special=False), AddedToken("é", special=False)])
+    tokenizer.add_special_tokens([AddedToken("<hidden>", special=True)])
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    plain, hidden = (vocabulary["<tool é>"], vocabulary["é"]), (vocabulary["<hidden>"],)
+    stream = TextStream(byte_level_bytes(vocabulary, plain, hidden), ())
+
+    shown = "".join(stream.feed(token) for token in (*hidden, *plain))
+
+    assert shown == "<tool é>é"
