@@ -414,6 +414,18 @@ async def test_the_openai_package_lists_models(sdk: openai.AsyncOpenAI) -> None:
     assert (await sdk.models.retrieve(MODEL)).owned_by == "millrace"
 
 
+async def test_log_probabilities_that_nobody_has_or_may_ask_for_are_refused_by_name(sdk: openai.AsyncOpenAI) -> None:
+    hello: Any = [{"role": "user", "content": "hi"}]
+    with pytest.raises(openai.BadRequestError, match="the echo engine has no log probabilities"):
+        await sdk.chat.completions.create(model=MODEL, messages=hello, logprobs=True)
+    with pytest.raises(openai.BadRequestError, match="needs logprobs to be true") as bad:
+        await sdk.chat.completions.create(model=MODEL, messages=hello, top_logprobs=2)
+    assert bad.value.param == "top_logprobs"
+    with pytest.raises(openai.BadRequestError, match="between 0 and 5") as bad:
+        await sdk.completions.create(model=MODEL, prompt="x", logprobs=6)
+    assert bad.value.param == "logprobs"
+
+
 async def test_the_openai_package_raises_its_own_errors(sdk: openai.AsyncOpenAI) -> None:
     hello: Any = [{"role": "user", "content": "hi"}]
     with pytest.raises(openai.BadRequestError) as bad:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bus.codec.logprobs import Candidate, TokenLogprobs
 from bus.ids import JobId
 from gateway.openai_wire import Answer, StreamShape, Usage, chat_completion, finish_reason, model_list, text_completion
 
@@ -75,6 +76,49 @@ def test_a_plain_answer_has_every_field_clients_read() -> None:
     assert choice["logprobs"] is None
     assert body["usage"] == {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
     assert body["object"] == "chat.completion"
+
+
+EURO = "a€b".encode()  # three tokens: the last byte of the sign begins the third
+HALF = TokenLogprobs(1, Candidate(EURO[1:3], -0.5), (Candidate(EURO[1:3], -0.5), Candidate(b"<|end|>", -2.0, True)))
+SCORED = [TokenLogprobs(0, Candidate(b"a", -1.0)), HALF, TokenLogprobs(3, Candidate(EURO[3:], -0.25))]
+
+
+def test_a_chats_log_probabilities_are_openais() -> None:
+    body = chat_completion(CHAT, EURO, "stop", Usage(5, 3), SCORED)
+
+    logprobs = body["choices"][0]["logprobs"]  # type: ignore[index]  # JSON of our own making
+    assert logprobs["refusal"] is None
+    first, half, last = logprobs["content"]
+    assert first == {"token": "a", "logprob": -1.0, "bytes": [97], "top_logprobs": []}
+    assert (half["token"], half["bytes"]) == ("\\xe2\\x82", [0xE2, 0x82])
+    assert half["top_logprobs"][1] == {"token": "<|end|>", "logprob": -2.0, "bytes": None}
+    assert bytes(first["bytes"] + half["bytes"] + last["bytes"]) == EURO
+
+
+def test_a_completions_are_four_lists_with_offsets_in_characters() -> None:
+    body = text_completion(TEXT, EURO, "stop", Usage(5, 3), SCORED)
+
+    assert body["choices"][0]["logprobs"] == {  # type: ignore[index]  # JSON of our own making
+        "tokens": ["a", "\\xe2\\x82", "\\xacb"],
+        "token_logprobs": [-1.0, -0.5, -0.25],
+        "top_logprobs": [{"a": -1.0}, {"\\xe2\\x82": -0.5, "<|end|>": -2.0}, {"\\xacb": -0.25}],
+        "text_offset": [0, 1, 1],
+    }
+
+
+@pytest.mark.parametrize("answer", [CHAT, TEXT])
+def test_a_chunk_brings_those_of_its_own_text(answer: Answer) -> None:
+    shape = StreamShape(answer, include_usage=True)
+
+    chunks = [load(shape.scored_text(EURO[:1], 0, SCORED[:1])), load(shape.scored_text(EURO[1:], 1, SCORED[1:]))]
+
+    found = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    if answer is CHAT:
+        assert [[one["logprob"] for one in part["content"]] for part in found] == [[-1.0], [-0.5, -0.25]]
+    else:
+        assert [part["text_offset"] for part in found] == [[0], [1, 1]]
+    assert load(shape.text("x"))["choices"][0]["logprobs"] is None
+    assert all(set(chunk) == set(load(shape.text("x"))) for chunk in chunks)
 
 
 def test_completions_have_text_and_their_own_id() -> None:

@@ -13,6 +13,7 @@ from bus.jobs import Sampling
 from gpu_worker.torch_engine.assembly import Assembled
 from gpu_worker.torch_engine.text_model import read_json
 from tests.torch_engine.reference import reference_logits
+from tests.torch_engine.slot_model import slot_engine
 from tests.torch_engine.tiny import Outcome, request, run, tiny_engine
 
 TEXTS = [f"{n} " + "mill " * (n % 5) for n in range(6)]
@@ -86,6 +87,29 @@ def test_resumed_on_another_engine_they_go_on_with_the_same_bits(
 
         assert resumed.tokens == whole.tokens
         assert before + log_of(resumed) == log_of(whole)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0.0),
+        Sampling(temperature=1.0, frequency_penalty=0.2),
+        Sampling(temperature=0.7, presence_penalty=0.5, repetition_penalty=1.3),
+    ],
+)
+def test_guessed_tokens_and_steps_that_run_ahead_have_the_same_ones(model_dir: Path, sampling: Sampling) -> None:
+    """Several tokens in a step, and a last token that is still on the device when penalties count it."""
+    wanted = [
+        request(str(n), text, seed=n, logprobs=3, sampling=sampling, max_tokens=50) for n, text in enumerate(TEXTS)
+    ]
+
+    def told(**engine: int) -> dict[str, tuple[list[int], bytes]]:
+        return {name: (one.tokens, log_of(one)) for name, one in run(slot_engine(model_dir, **engine), wanted).items()}
+
+    plain = told()
+    assert told(depth=1) == plain
+    assert told(speculate=8) == plain
+    assert told(speculate=8, depth=1) == plain
 
 
 def test_from_another_engines_text_they_begin_where_that_ended(model_dir: Path) -> None:
