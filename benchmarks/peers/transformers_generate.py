@@ -88,4 +88,5 @@ def main():
     serve(pipe, ready, burst={"static": static, "continuous": continuous}[options.mode](model, options))
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import platform
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, Generic, cast
 
 import torch
@@ -64,6 +65,7 @@ def why_not_compiled(shape: ModelConfig, dtype: torch.dtype) -> str | None:
 def compiled_backend(shape: ModelConfig, *, threads: int) -> Backend[Any]:
     def build(weights: ModelWeights[PackedWeight], blocks: int, context: int) -> Model:
         compile_now(log.info)
+        torch.set_num_threads(1)  # what is left to torch is small: its own threads would only wait for each other
         return CompiledDecoder(shape, weights, blocks=blocks, context=context, threads=threads)
 
     return Backend(CompiledDecoder.block_tokens, 0, PackedFactory(), build)
@@ -77,20 +79,20 @@ def probe_paged(shape: ModelConfig, device: torch.device, dtype: torch.dtype) ->
 
 def flash_varlen() -> VarlenAttention:
     """torch's own, without the line that it logs at each call."""
-    from torch.nn.attention.varlen import varlen_attn  # here: it imports the compiler, seconds that a CPU need not wait
-
-    logging.getLogger(varlen_attn.__module__).setLevel(logging.WARNING)
-    return cast(VarlenAttention, varlen_attn)
+    module = import_module(
+        "torch.nn.attention.varlen"
+    )  # here: it loads torch's compiler, seconds that a CPU need not wait
+    logging.getLogger(module.__name__).setLevel(logging.WARNING)
+    return cast(VarlenAttention, module.varlen_attn)
 
 
 def choose_ops(device: torch.device, dtype: torch.dtype) -> Ops:
     """Triton's kernels where they compile and are right."""
     try:
-        from gpu_worker.torch_engine.cuda.fused import fused_ops  # here: a torch without CUDA has no Triton
+        fused = import_module("gpu_worker.torch_engine.cuda.fused")  # here: a torch without CUDA has no Triton
+        found: Ops | str = fused.fused_ops(device, dtype)
     except ImportError as error:
-        found: Ops | str = str(error)
-    else:
-        found = fused_ops(device, dtype)
+        found = str(error)
     if isinstance(found, Ops):
         return found
     log.warning("Triton cannot be used, operations are not fused", extra={"reason": found})
