@@ -5,8 +5,8 @@ panel's place or the thread. So nothing has to be probed or padded. Of scaled fo
 block of 32 inputs are a chain of their own over the stored small numbers, then scaled: y += scale * sum(q x), and
 y += minimum * sum(x), whose sums of inputs are computed once for all panels (rows.py).
 
-One or two rows go through while weights are unpacked in registers: few rows cost what reading the weights costs. More
-rows share one unpacked panel, six at a time: many rows cost what the arithmetic costs.
+Up to five rows go through, three at a time, while weights are unpacked in registers: few rows cost what reading the
+weights costs. More rows share one unpacked panel, six at a time: many rows cost what the arithmetic costs.
 
 Addresses and strides are bytes.
 """
@@ -52,7 +52,7 @@ AS_BFLOAT, AS_FLOAT = numpy.uint16(0), numpy.float32(0)
 
 ROW = 4 * PANEL  # bytes of 16 float32: one input's weights, or one row of a tile
 LINE = 64  # bytes of a cache line
-DIRECT_ROWS = 2
+DIRECT_ROWS = 5
 TILE_ROWS = 6
 
 
@@ -125,9 +125,9 @@ def begin(tile: Any, bias: int) -> Any:
 
 
 @compiled
-def direct(form: Any, left: Any, right: Any, first: int, second: int, op: Any) -> Any:
-    """The tiles of two panels from packed weights: unpacked in registers, used once."""
-    x, sums, ahead = op.x, op.sums, 2 * op.blocks * op.block_bytes
+def direct(form: Any, left: Any, right: Any, row: int, first: int, second: int, op: Any) -> Any:
+    """The tiles of two panels from packed weights, for rows from `row` on: unpacked in registers, used once."""
+    x, sums, ahead = op.x + row * op.x_stride, op.sums + row * op.sums_stride, 2 * op.blocks * op.block_bytes
     for _ in range(op.blocks):
         left_part, right_part = open_block(left, op), open_block(right, op)
         for k in range(0, BLOCK, 2):
@@ -150,16 +150,15 @@ def direct(form: Any, left: Any, right: Any, first: int, second: int, op: Any) -
 
 
 @compiled
-def few(form: Any, tile: Any, op: Any, first: int, last: int) -> None:
-    """Panels first..last of as many rows as `tile` has, two panels at a time."""
-    panel_bytes = op.blocks * op.block_bytes
-    for panel in range(first, last, 2):
-        twin = min(panel + 1, last - 1)  # the last panel of an odd number goes twice
-        left, right = begin(tile, bias_of(op, panel)), begin(tile, bias_of(op, twin))
-        left, right = direct(form, left, right, op.weight + panel * panel_bytes, op.weight + twin * panel_bytes, op)
-        finish(left, op.out + column_of(op, panel), op.out_stride, mode_of(op, panel))
-        if twin != panel:
-            finish(right, op.out + column_of(op, twin), op.out_stride, mode_of(op, twin))
+def few(form: Any, tile: Any, row: int, op: Any, panel: int, last: int) -> None:
+    """A panel and the next one, for as many rows from `row` on as `tile` has."""
+    panel_bytes, out = op.blocks * op.block_bytes, op.out + row * op.out_stride
+    twin = min(panel + 1, last - 1)  # the last panel of an odd number goes twice
+    left, right = begin(tile, bias_of(op, panel)), begin(tile, bias_of(op, twin))
+    left, right = direct(form, left, right, row, op.weight + panel * panel_bytes, op.weight + twin * panel_bytes, op)
+    finish(left, out + column_of(op, panel), op.out_stride, mode_of(op, panel))
+    if twin != panel:
+        finish(right, out + column_of(op, twin), op.out_stride, mode_of(op, twin))
 
 
 @compiled
@@ -258,10 +257,19 @@ def mode_of(op: Any, panel: int) -> int:
 
 @compiled
 def few_rows(form: Any, rows: int, op: Any, first: int, last: int) -> None:
-    if rows == 1:
-        few(form, tile1(), op, first, last)
-    else:
-        few(form, tile2(), op, first, last)
+    for panel in range(first, last, 2):
+        row = 0
+        while row < rows:
+            left = rows - row
+            if left == 1:
+                few(form, tile1(), row, op, panel, last)
+                row += 1
+            elif left == 2 or left == 4:
+                few(form, tile2(), row, op, panel, last)
+                row += 2
+            else:
+                few(form, tile3(), row, op, panel, last)
+                row += 3
 
 
 @compiled
