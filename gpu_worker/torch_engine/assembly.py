@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import os
-import platform
 import time
 
 import torch
@@ -15,7 +14,6 @@ from gpu_worker.torch_engine.backends import choose_backend
 from gpu_worker.torch_engine.config import TorchEngineConfig
 from gpu_worker.torch_engine.core import EngineCore, context_max
 from gpu_worker.torch_engine.kv_blocks import BlockPool
-from gpu_worker.torch_engine.linear import LinearFactory
 from gpu_worker.torch_engine.loader import load_weights, log_progress, resume_digest
 from gpu_worker.torch_engine.model import Model
 from gpu_worker.torch_engine.model_config import ModelConfig, parse_config
@@ -52,7 +50,7 @@ def assemble(config: TorchEngineConfig) -> Assembled:
     threads = config.threads or default_threads(os.cpu_count() or 1)
     torch.set_num_threads(threads)
     shape = parse_config(read_json(config.model_dir / "config.json"))
-    dtype = choose_dtype(config.dtype, device, shape)
+    dtype = choose_dtype(config.dtype, device)
     backend = choose_backend(shape, config, threads=threads, device=device, dtype=dtype)
     progress = log_progress(config.model_name)
     weights = load_weights(config.model_dir, shape, range(shape.layers), backend.factory, progress)
@@ -82,6 +80,7 @@ def assemble(config: TorchEngineConfig) -> Assembled:
             "dtype": str(dtype).removeprefix("torch."),
             "threads": threads,
             "linear": weights.layers[0].qkv.kind,
+            "weight_mib": round(weights.bytes_read / 2**20),
             "attention": model.kind,
             "kv_tokens": blocks * model.block_tokens,
             "context": context,
@@ -107,45 +106,15 @@ def default_threads(cores: int) -> int:
     return max(1, cores - 1) if cores <= 8 else cores - 2
 
 
-def choose_dtype(wanted: str, device: torch.device, shape: ModelConfig) -> torch.dtype:
-    """`auto`: bfloat16 on a GPU; on a CPU whichever multiplies faster, since many emulate bfloat16 slowly."""
+def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """`auto` goes by what is there, never by a measurement: equal machines must choose alike under any load.
+
+    On a CPU that is float32: exact, and what the compiled kernels compute in. One with AMX may well be faster in
+    bfloat16, above all with prompts, but then the way and the order of sums are the library's: to be asked for.
+    """
     if wanted != "auto":
         return torch.float32 if wanted == "float32" else torch.bfloat16
-    if device.type == "cuda":
-        return torch.bfloat16
-    if not has_fast_bfloat16():
-        log.info("dtype chosen", extra={"dtype": "float32", "reason": "this CPU only emulates bfloat16"})
-        return torch.float32
-    seconds = {
-        dtype: measure_product(shape.intermediate, shape.hidden, dtype) for dtype in (torch.float32, torch.bfloat16)
-    }
-    chosen = min(seconds, key=lambda dtype: seconds[dtype])
-    milliseconds = {str(dtype).removeprefix("torch."): round(1000 * value, 3) for dtype, value in seconds.items()}
-    log.info("dtype chosen by speed", extra={"dtype": str(chosen).removeprefix("torch."), "product_ms": milliseconds})
-    return chosen
-
-
-def has_fast_bfloat16() -> bool:
-    """Whether measuring is worth it: AMX or AVX-512 BF16; asked of torch, whose names for this are private."""
-    asked = [getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
-    return any(ask() for ask in asked if ask is not None) or platform.machine() not in ("x86_64", "AMD64")
-
-
-def measure_product(rows_out: int, width: int, dtype: torch.dtype) -> float:
-    """Seconds for one product of each of 1 and 16 rows, the best of a few."""
-    linear = LinearFactory(device=torch.device("cpu"), dtype=torch.bfloat16).build(
-        torch.ones(rows_out, width, dtype=dtype)
-    )
-    total = 0.0
-    for rows in (1, 16):
-        x = torch.ones(rows, width, dtype=dtype)
-        best = float("inf")
-        for _ in range(5):
-            began_s = time.perf_counter()
-            linear(x)
-            best = min(best, time.perf_counter() - began_s)
-        total += best
-    return total
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def choose_blocks(
