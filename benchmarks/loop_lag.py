@@ -12,15 +12,17 @@ import argparse
 import asyncio
 import itertools
 import random
+import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 from bus.cell import Cell
-from bus.codec.wire import NodeView
+from bus.codec.events import NodeBeat, parse_event
 from bus.ids import NodeId
 from bus.keys import CellKeys
-from bus.link import Link, ServerAddress
+from bus.link import Link, Reader, ServerAddress
 from bus.settings import Settings
 from millrace import Client
 from tests.conftest import wait_until
@@ -29,7 +31,6 @@ from tests.harness.servers import ValkeyServer
 
 NODE = NodeId("measured")
 BEAT_MS = 1_000
-LOOK_S = 0.2
 SETTLE_S = 11.0  # the figures are about the last 10 s
 START_S = 90.0
 WORDS = ("water", "wheel", "river", "stone", "mill", "grain", "turns", "under", "the", "and", "of", "slow", "bright")
@@ -41,28 +42,30 @@ class Watch:
     def __init__(self) -> None:
         self.p99_ms = 0.0
         self.max_ms = 0.0
-        self.beats_ms: list[int] = []
+        self.beats_ms: list[int] = []  # when the server got them
 
-    def see(self, view: NodeView) -> None:
-        self.p99_ms = max(self.p99_ms, view.loop_lag_ms)
-        self.max_ms = max(self.max_ms, view.loop_lag_max_ms)
-        if not self.beats_ms or self.beats_ms[-1] != view.last_beat_ms:
-            self.beats_ms.append(view.last_beat_ms)
+    def see(self, entry_id: str, beat: NodeBeat) -> None:
+        self.p99_ms = max(self.p99_ms, beat.loop_lag_ms)
+        self.max_ms = max(self.max_ms, beat.loop_lag_max_ms)
+        self.beats_ms.append(int(entry_id.partition("-")[0]))
 
     @property
     def beat_gap_ms(self) -> int:
         return max((after - before for before, after in itertools.pairwise(self.beats_ms)), default=0)
 
 
-async def watch(cell: Cell, seconds: float) -> Watch:
-    """From SETTLE_S on, when what was before has left the worker's window."""
-    found = Watch()
-    began_s = time.monotonic()
-    while (passed_s := time.monotonic() - began_s) < seconds + SETTLE_S:
-        await asyncio.sleep(LOOK_S)
-        view = await cell.node(NODE)
-        if view is not None and passed_s > SETTLE_S:
-            found.see(view)
+async def watch(reader: Reader, cell: Cell, seconds: float) -> Watch:
+    """From SETTLE_S on, when what was before has left the worker's window. Read from the stream, whoever else does."""
+    await asyncio.sleep(SETTLE_S)
+    found, cursor = Watch(), "$"
+    end_s = time.monotonic() + seconds
+    while time.monotonic() < end_s:
+        for _, entries in await reader.xread({cell.keys.nodes: cursor}, count=100, block_ms=200):
+            for entry_id, fields in entries:
+                cursor = entry_id
+                event = parse_event(fields)
+                if isinstance(event, NodeBeat):
+                    found.see(entry_id, event)
     return found
 
 
@@ -89,7 +92,7 @@ async def measure(threads: int, seconds: float, length: int, answers: int) -> No
             fleet.start("gpu_worker", node_id=NODE)
             address = ServerAddress.parse(server.url)
             link = await Link.connect(address, name="loop lag", cell_key=CellKeys(0).leases)
-            async with link, Client(server.url) as chats:
+            async with link, Reader(address, name="loop lag reads") as reader, Client(server.url) as chats:
                 cell = Cell(link, 0, Settings())
 
                 async def is_up() -> bool:
@@ -97,12 +100,12 @@ async def measure(threads: int, seconds: float, length: int, answers: int) -> No
                     return view is not None and view.usable(0) and view.leased
 
                 await wait_until(is_up, timeout_s=START_S)
-                show(threads, "idle", await watch(cell, seconds), [0, 0])
+                show(threads, "idle", await watch(reader, cell, seconds), [0, 0])
                 counts = [0, 0]
                 async with asyncio.TaskGroup() as group:
                     load = [group.create_task(answer_for_ever(chats, counts)) for _ in range(answers)]
                     load.append(group.create_task(prompt_for_ever(chats, length, counts)))
-                    found = await watch(cell, seconds)
+                    found = await watch(reader, cell, seconds)
                     for task in load:
                         task.cancel()
                 show(threads, "busy", found, counts)
@@ -123,6 +126,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=1900, help="words of each long prompt")
     parser.add_argument("--answers", type=int, default=4)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the roles end with the benchmark
     print("| threads | | loop lag p99 ms | longest ms | longest between beats ms | pieces | prompts |")
     print("|---:|---|---:|---:|---:|---:|---:|")
     for threads in options.threads.split(","):

@@ -8,6 +8,10 @@ from bus.process.parent import Role, run_role
 from bus.settings import Settings
 from gpu_worker.names import node_names
 
+# torch's CPU threads wait for the next step asleep: spinning takes the cores from everything else here. Prompts are
+# tokenised one at a time, so threads of the tokenizers would only lie about.
+THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+
 
 def configure(settings: Settings, arguments: list[str]) -> Settings:
     parser = argparse.ArgumentParser(prog="python -m gpu_worker", description="One engine, one node of the fleet")
@@ -19,5 +23,4 @@ def configure(settings: Settings, arguments: list[str]) -> Settings:
 
 if __name__ == "__main__":
     role = Role("gpu_worker", child="gpu_worker.worker:run", configure=configure, names=node_names)
-    # torch's CPU threads wait for the next step asleep: spinning takes the cores from everything else here.
-    sys.exit(run_role(role, sys.argv[1:], {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}))
+    sys.exit(run_role(role, sys.argv[1:], {**THREADS, **os.environ}))
