@@ -1,8 +1,11 @@
 """What the engine does on a GPU, on a CPU: all but the kernel and the recording, which simple forms stand in for."""
 
 import dataclasses
+import inspect
 import json
+import logging
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from bus.jobs import Sampling
 from gpu_worker.torch_engine.assembly import Assembled
+from gpu_worker.torch_engine.backends import choose_ops, flash_varlen, probe_paged
 from gpu_worker.torch_engine.batch import build_batch
 from gpu_worker.torch_engine.core import EngineCore
 from gpu_worker.torch_engine.cuda.graphs import GraphDecoder, Inputs, Recorded, bucket_sizes, choose_bucket
@@ -274,6 +278,25 @@ class TestProbe:
 
         assert probe(aligned_to_the_first_key, self.config, CPU, torch.float32) == "its results are wrong"
         assert "Ampere" in str(probe(missing, self.config, CPU, torch.float32))
+
+
+class TestChoice:
+    def test_torchs_kernel_takes_what_we_give_it_and_logs_no_line_a_call(self) -> None:
+        """By its signature: the kernel itself needs a GPU."""
+        kernel = flash_varlen()
+        names = list(inspect.signature(reference_varlen).parameters)
+
+        inspect.signature(kernel).bind(**dict.fromkeys(names))
+
+        assert not logging.getLogger(kernel.__module__).isEnabledFor(logging.INFO)
+
+    def test_float32_goes_through_the_tiles(self) -> None:
+        assert "no kernel" in str(probe_paged(TestProbe.config, torch.device("cuda"), torch.float32))
+
+    @pytest.mark.skipif(find_spec("triton") is not None, reason="Triton is installed")
+    def test_without_triton_operations_stay_plain_and_the_log_says_why(self, caplog: pytest.LogCaptureFixture) -> None:
+        assert choose_ops(CPU, torch.float32) is PLAIN
+        assert "Triton" in caplog.text
 
 
 class TestEngine:
