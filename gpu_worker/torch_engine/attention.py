@@ -4,9 +4,10 @@ The model gives a backend the fused projection of a layer and gets the attended 
 kernel: rotate queries and keys (RoPE), store keys and values in their blocks, attend. How blocks lie in memory, how
 large they are, and what is prepared once a step is the backend's own business; all that they share is the `Batch`.
 
-    | backend    | where     | blocks of | what it is for                                           |
-    |------------|-----------|----------:|----------------------------------------------------------|
-    | `tiles.py` | any torch | 32 tokens | same bits for a row in any batch: the others' measure    |
+    | backend         | where          |  blocks of | what it is for                                             |
+    |-----------------|----------------|-----------:|------------------------------------------------------------|
+    | `tiles.py`      | any torch      |  32 tokens | same bits for a row in any batch: the measure of the others |
+    | `cuda/paged.py` | GPU, bfloat16  | 256 tokens | FlashAttention over the blocks in place                     |
 """
 
 from typing import Protocol
