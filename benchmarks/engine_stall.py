@@ -5,7 +5,9 @@
 For each number of answers and each length of prompt: the answers run alone for a while, then the prompt arrives.
 Printed: the time between two tokens of an answer before and meanwhile, in units of the median before, where 3 is the
 promise (its own interval and two more); the prompt's time to first token, and what that is with nobody else there.
-On a shared machine look at the p99 of the answers alone first: whatever it is above 1 is the machine's.
+
+On a shared machine look at the answers alone first: whatever their p99 is above 1 is the machine's. The last column
+counts only time that the steps' thread had a core: what the engine does, whoever else runs (best with one thread).
 """
 
 import argparse
@@ -36,8 +38,9 @@ NEW_MAX = 4000  # of each answer: more than the prompt takes steps
 class Stall:
     alone_ms: list[float]  # between two tokens of an answer
     beside_ms: list[float]  # the same while the prompt comes in
+    alone_cpu_ms: list[float]  # of each step, by the thread's own clock
+    beside_cpu_ms: list[float]
     first_ms: float  # the prompt's first token
-    steps: int  # that its prompt took
 
 
 def measure_stall(engine: Assembled, answers: int, prompt_len: int, chance: random.Random) -> Stall:
@@ -49,21 +52,29 @@ def measure_stall(engine: Assembled, answers: int, prompt_len: int, chance: rand
         step(engine, last_s)
     for _ in range(10):  # the step after the last prompt is not yet an ordinary one
         step(engine, last_s)
-    alone = [gap for _ in range(ALONE_STEPS) for gap in step(engine, last_s)]
+    alone: list[float] = []
+    alone_cpu = [timed_step(engine, last_s, alone) for _ in range(ALONE_STEPS)]
 
     prompt = random_answer(engine, "prompt", prompt_len, 1, chance)
     began_s = time.perf_counter()
     engine.core.add(prompt)
-    beside, steps = [], 0
+    beside: list[float] = []
+    beside_cpu: list[float] = []
     while not prompt.sequence.first_token_s:
-        beside += step(engine, last_s)
-        steps += 1
+        beside_cpu.append(timed_step(engine, last_s, beside))
     first_ms = 1000 * (time.perf_counter() - began_s)
     for name in names:
         engine.core.cancel(name)
     while not engine.core.idle:
         engine.core.step()
-    return Stall(alone, beside, first_ms, steps)
+    return Stall(alone, beside, alone_cpu, beside_cpu, first_ms)
+
+
+def timed_step(engine: Assembled, last_s: dict[str, float], gaps_ms: list[float]) -> float:
+    """Milliseconds that this thread had a core for. gaps_ms: gets what the answers waited."""
+    began_s = time.thread_time()
+    gaps_ms += step(engine, last_s)
+    return 1000 * (time.thread_time() - began_s)
 
 
 def step(engine: Assembled, last_s: dict[str, float]) -> list[float]:
@@ -107,13 +118,14 @@ def percentile(values: Sequence[float], share: float) -> float:
 def show(answers: int, prompt_len: int, found: Stall, undisturbed_ms: float) -> str:
     usual = statistics.median(found.alone_ms)
 
-    def ratios(values: Sequence[float]) -> str:
-        p50, p99 = percentile(values, 0.5) / usual, percentile(values, 0.99) / usual
-        return f"{p50:.2f} / {p99:.2f} / {max(values) / usual:.2f}"
+    def ratios(values: Sequence[float], unit: float = usual) -> str:
+        p50, p99 = percentile(values, 0.5) / unit, percentile(values, 0.99) / unit
+        return f"{p50:.2f} / {p99:.2f} / {max(values) / unit:.2f}"
 
     return (
         f"| {answers} | {prompt_len} | {usual:.1f} | {ratios(found.alone_ms)} | {ratios(found.beside_ms)}"
-        f" | {prompt_len / found.steps:.0f} | {found.first_ms / 1000:.2f} / {undisturbed_ms / 1000:.2f} |"
+        f" | {prompt_len / len(found.beside_cpu_ms):.0f} | {found.first_ms / 1000:.2f} / {undisturbed_ms / 1000:.2f}"
+        f" | {ratios(found.beside_cpu_ms, statistics.median(found.alone_cpu_ms))} |"
     )
 
 
@@ -141,9 +153,9 @@ def main() -> None:
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {engine.threads} threads\n")
     print(
         "| answers | prompt | alone: p50 ms | alone: p50 / p99 / max in its p50 | meanwhile: p50 / p99 / max likewise |"
-        " prompt tokens a step | first token s: beside them / nobody there |"
+        " prompt tokens a step | first token s: beside them / nobody there | meanwhile, by the thread's clock |"
     )
-    print("|---:|---:|---:|---:|---:|---:|---:|")
+    print("|---:|---:|---:|---:|---:|---:|---:|---:|")
     chance = random.Random(1)
     for prompt_len in prompts:
         undisturbed_ms = first_token_ms(engine, prompt_len, chance)
