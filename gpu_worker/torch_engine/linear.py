@@ -43,9 +43,10 @@ HALF_EXPONENT_MAX = 15  # float16 ends just below 2^16
 class Linear:
     """One weight matrix, held in whatever form its way of multiplying wants."""
 
-    def __init__(self, multiply: RowOp, kind: str, row_multiple: int | None) -> None:
+    def __init__(self, multiply: RowOp, kind: str, row_multiple: int | None, weight_bytes: int) -> None:
         self._multiply = multiply
         self.kind = kind
+        self.weight_bytes = weight_bytes
         self.row_multiple = row_multiple
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -77,7 +78,8 @@ class LinearFactory:
         if isinstance(weight, Quantized):  # rounded to float16, 2^-12 beside steps of a sixteenth, so that `half` fits
             weight = weight.dequantize(torch.float16).to(self.dtype)
         kind, multiply = self._choose(weight, bias)
-        return Linear(multiply, kind, self._row_multiple(kind, multiply, weight))
+        each = 2 if kind == "half" else weight.itemsize
+        return Linear(multiply, kind, self._row_multiple(kind, multiply, weight), each * weight.numel())
 
     def _choose(self, weight: Tensor, bias: Tensor | None) -> tuple[str, RowOp]:
         if self.device.type == "cpu":

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gpu_worker.engine import EngineStartError
-from gpu_worker.torch_engine.model import LayerWeights, Matrix, ModelWeights
+from gpu_worker.torch_engine.model import HeldMatrix, LayerWeights, Matrix, ModelWeights
 from gpu_worker.torch_engine.model_config import ModelConfig
 from gpu_worker.torch_engine.norm import RmsNorm
 from gpu_worker.torch_engine.quantized import GROUP, Quantized, Weight, cat, is_finite
@@ -22,7 +22,7 @@ from gpu_worker.torch_engine.quantized import GROUP, Quantized, Weight, cat, is_
 log = logging.getLogger(__name__)
 
 AnyWeight = TypeVar("AnyWeight", Tensor, Quantized)
-Made = TypeVar("Made", covariant=True)
+Made = TypeVar("Made", bound=HeldMatrix, covariant=True)
 Progress = Callable[[float], None]  # 0..1
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 HALVES = {torch.float16}

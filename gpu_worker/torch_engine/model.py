@@ -23,7 +23,18 @@ from gpu_worker.torch_engine.ops import PLAIN, Ops
 from gpu_worker.torch_engine.quantized import Quantized, Weight
 from gpu_worker.torch_engine.transfer import send
 
-Matrix = TypeVar("Matrix")  # one weight matrix in the form that its backend multiplies with: Linear, PackedWeight
+
+class HeldMatrix(Protocol):
+    """One weight matrix, in the form that its backend multiplies with: Linear or PackedWeight."""
+
+    @property
+    def kind(self) -> str: ...  # for the log
+
+    @property
+    def weight_bytes(self) -> int: ...
+
+
+Matrix = TypeVar("Matrix", bound=HeldMatrix)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +59,12 @@ class ModelWeights(Generic[Matrix]):
     embedding: Weight | None  # (V, D), in whatever form holds it exactly
     norm: RmsNorm | None
     head: Matrix | None  # D -> V
+
+    @property
+    def bytes_read(self) -> int:
+        """Of weights, by a step that decodes."""
+        matrices = [one for w in self.layers for one in (w.qkv, w.output, w.gate_up, w.down)]
+        return sum(one.weight_bytes for one in (*matrices, self.head) if one is not None)
 
 
 class Model(Protocol):

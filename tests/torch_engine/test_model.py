@@ -1,6 +1,7 @@
 """The model's numbers, held to the slow and obvious form of the same equations."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from gpu_worker.torch_engine.attention import reference_attend
-from gpu_worker.torch_engine.batch import build_batch
+from gpu_worker.torch_engine.batch import Batch, build_batch
 from gpu_worker.torch_engine.config import BLOCK_TOKENS
+from gpu_worker.torch_engine.kernels.decoder import CompiledDecoder, supports
+from gpu_worker.torch_engine.kernels.weights import PackedFactory
 from gpu_worker.torch_engine.kv_blocks import BlockPool
 from gpu_worker.torch_engine.linear import LinearFactory, half_exponent, probe_row_multiple
 from gpu_worker.torch_engine.loader import load_weights
@@ -59,11 +62,24 @@ def tile_attention(config: ModelConfig, layers: range) -> TileAttention:
     return TileAttention(config, layers, 64, context=1024, exact=True, device=CPU, dtype=torch.float32)
 
 
-def loaded(directory: Path, layers: range | None = None) -> Decoder:
+KERNELS = pytest.mark.parametrize("kernels", ["torch", "compiled"])
+
+
+def loaded(directory: Path, kernels: str, layers: range | None = None) -> Decoder | CompiledDecoder:
     config = parse_config(json.loads((directory / "config.json").read_text()))
     layers = layers or range(config.layers)
+    if kernels == "compiled":
+        assert supports(config)
+        packed = load_weights(directory, config, layers, PackedFactory(), lambda fraction: None)
+        return CompiledDecoder(config, packed, blocks=64, context=1024, threads=1)
     weights = load_weights(directory, config, layers, FACTORY, lambda fraction: None)
     return Decoder(config, weights, tile_attention(config, layers), dtype=torch.float32)
+
+
+def run_layers(decoder: Decoder | CompiledDecoder, hidden: Tensor, batch: Batch) -> Tensor:
+    if isinstance(decoder, CompiledDecoder):
+        return decoder.run_layers(hidden, decoder.plan(batch)).clone()
+    return decoder.run_layers(hidden, decoder.attention.plan(batch))
 
 
 def sequence(tokens: list[int]) -> Sequence:
@@ -71,27 +87,28 @@ def sequence(tokens: list[int]) -> Sequence:
 
 
 @torch.inference_mode()
-def chunked_logits(directory: Path, tokens: list[int], chunk: int) -> Tensor:
+def chunked_logits(directory: Path, kernels: str, tokens: list[int], chunk: int) -> Tensor:
     """Logits of every position, prefilled in chunks of this size (1: all as decode rows)."""
-    decoder = loaded(directory)
+    decoder = loaded(directory, kernels)
     scheduler = Scheduler(BlockPool(64, BLOCK_TOKENS), capacity=1, chunk_max=chunk)
     scheduler.add(sequence(tokens))
     rows: list[Tensor] = []
     while sum(part.shape[0] for part in rows) < len(tokens):
         plan = scheduler.plan()
         batch = build_batch(plan, block_tokens=BLOCK_TOKENS)
-        rows.append(decoder.logits(decoder.forward(batch)))
+        rows.append(decoder.logits(decoder.forward(batch)).clone())
         scheduler.launched(plan)
         scheduler.collected(plan.work[0], plan.work[0].count)
     return torch.cat(rows)
 
 
+@KERNELS
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_the_reference(family: str, tmp_path: Path) -> None:
+def test_logits_are_those_of_the_reference(family: str, kernels: str, tmp_path: Path) -> None:
     directory = tiny_model(tmp_path, **FAMILIES[family])
     tokens = [3 + (7 * n * n + n) % 250 for n in range(200)]
 
-    found = chunked_logits(directory, tokens, chunk=77)
+    found = chunked_logits(directory, kernels, tokens, chunk=77)
 
     expected = reference_logits(
         json.loads((directory / "config.json").read_text()), load_file(directory / "model.safetensors"), tokens
@@ -99,20 +116,23 @@ def test_logits_are_those_of_the_reference(family: str, tmp_path: Path) -> None:
     assert (found.double() - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
-def test_logits_are_the_same_bits_whatever_the_chunks(model_dir: Path) -> None:
+@KERNELS
+def test_logits_are_the_same_bits_whatever_the_chunks(kernels: str, model_dir: Path) -> None:
     tokens = [3 + (5 * n * n + n) % 250 for n in range(300)]
 
-    whole = chunked_logits(model_dir, tokens, chunk=1000)
+    whole = chunked_logits(model_dir, kernels, tokens, chunk=1000)
 
     for chunk in (1, 33, 128, 250):
-        assert torch.equal(chunked_logits(model_dir, tokens, chunk), whole), f"chunks of {chunk}"
+        assert torch.equal(chunked_logits(model_dir, kernels, tokens, chunk), whole), f"chunks of {chunk}"
 
 
-def test_ranges_of_layers_give_the_same_bits_as_the_whole(model_dir: Path) -> None:
+@KERNELS
+@pytest.mark.parametrize("cuts", [(0, 1, 3), (0, 2, 3), (0, 1, 2, 3)])
+def test_ranges_of_layers_give_the_same_bits_as_the_whole(cuts: tuple[int, ...], kernels: str, model_dir: Path) -> None:
     """What layer-sharded nodes rest on: hidden states in, hidden states out."""
     tokens = [3 + (5 * n) % 250 for n in range(50)]
-    whole = chunked_logits(model_dir, tokens, chunk=1000)
-    parts = [loaded(model_dir, layers) for layers in (range(1), range(1, 2), range(2, 3))]
+    whole = chunked_logits(model_dir, kernels, tokens, chunk=1000)
+    parts = [loaded(model_dir, kernels, range(*cut)) for cut in pairwise(cuts)]
     scheduler = Scheduler(BlockPool(64, BLOCK_TOKENS), capacity=1, chunk_max=1000)
     scheduler.add(sequence(tokens))
 
@@ -120,7 +140,7 @@ def test_ranges_of_layers_give_the_same_bits_as_the_whole(model_dir: Path) -> No
         batch = build_batch(scheduler.plan(), block_tokens=BLOCK_TOKENS)
         hidden = parts[0].embed(batch.tokens)
         for decoder in parts:
-            hidden = decoder.run_layers(hidden, decoder.attention.plan(batch))
+            hidden = run_layers(decoder, hidden, batch)
         found = parts[-1].logits(hidden)
 
     assert torch.equal(found, whole)
@@ -214,11 +234,12 @@ def test_llama3_scaling_leaves_fast_frequencies_and_stretches_slow_ones() -> Non
     assert scaled[-1] == pytest.approx(plain[-1] / 8)
 
 
-def test_drafts_are_rows_behind_the_last_token_and_each_is_sampled_from(model_dir: Path) -> None:
+@KERNELS
+def test_drafts_are_rows_behind_the_last_token_and_each_is_sampled_from(kernels: str, model_dir: Path) -> None:
     """What verification of a speculation rests on: its rows have the bits that decoding would give one by one."""
     tokens = [3 + (5 * n * n + n) % 250 for n in range(140)]
-    whole = chunked_logits(model_dir, tokens, chunk=1000)
-    decoder = loaded(model_dir)
+    whole = chunked_logits(model_dir, kernels, tokens, chunk=1000)
+    decoder = loaded(model_dir, kernels)
     pool = BlockPool(64, BLOCK_TOKENS)
     known = sequence(tokens[:130])
     other = sequence(tokens[:40])

@@ -46,6 +46,10 @@ class PackedWeight:
         return FORM_NAMES[self.form]
 
     @property
+    def weight_bytes(self) -> int:
+        return int(self.data.nbytes)
+
+    @property
     def panels(self) -> int:
         return -(-self.outputs // PANEL)
 
