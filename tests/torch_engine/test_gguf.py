@@ -44,7 +44,7 @@ def in_both_forms(tmp_path: Path, config: dict[str, Any], **gguf_form: Any) -> t
 def test_each_family_has_the_same_logits_in_both_forms(config: dict[str, Any], tmp_path: Path) -> None:
     original, found = in_both_forms(tmp_path, config)
 
-    assert torch.equal(chunked_logits(found, "torch", TOKENS, 77), chunked_logits(original, TOKENS, 77))
+    assert torch.equal(chunked_logits(found, "torch", TOKENS, 77), chunked_logits(original, "torch", TOKENS, 77))
 
 
 def test_scaled_positions_have_the_same_logits_in_both_forms(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_scaled_positions_have_the_same_logits_in_both_forms(tmp_path: Path) -> 
     original, found = in_both_forms(tmp_path, config, fields=fields)
 
     torch.testing.assert_close(
-        chunked_logits(found, "torch", TOKENS, 77), chunked_logits(original, TOKENS, 77), rtol=1e-4, atol=1e-4
+        chunked_logits(found, "torch", TOKENS, 77), chunked_logits(original, "torch", TOKENS, 77), rtol=1e-4, atol=1e-4
     )
 
 
@@ -74,7 +74,7 @@ def test_scaled_positions_have_the_same_logits_in_both_forms(tmp_path: Path) -> 
 def test_stretched_positions_have_the_same_logits_in_both_forms(fields: dict[str, Any], tmp_path: Path) -> None:
     original, found = in_both_forms(tmp_path, {"rope_scaling": {"type": "linear", "factor": 2.5}}, fields=fields)
 
-    assert torch.equal(chunked_logits(found, "torch", TOKENS, 77), chunked_logits(original, TOKENS, 77))
+    assert torch.equal(chunked_logits(found, "torch", TOKENS, 77), chunked_logits(original, "torch", TOKENS, 77))
 
 
 def test_llama_3_carries_its_scaling_as_a_tensor(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_llama_3_carries_its_scaling_as_a_tensor(tmp_path: Path) -> None:
 
     assert parse_config(json.loads((found / "config.json").read_text())).context == CONFIG["max_position_embeddings"]
     torch.testing.assert_close(
-        chunked_logits(found, "torch", TOKENS, 77), chunked_logits(original, TOKENS, 77), rtol=1e-4, atol=1e-4
+        chunked_logits(found, "torch", TOKENS, 77), chunked_logits(original, "torch", TOKENS, 77), rtol=1e-4, atol=1e-4
     )
 
 
@@ -98,7 +98,7 @@ def test_a_model_in_several_files_is_one_model(tmp_path: Path) -> None:
 
     found = converted(parts[0], tmp_path / "var")
 
-    assert torch.equal(chunked_logits(found, "torch", TOKENS, 77), chunked_logits(original, TOKENS, 77))
+    assert torch.equal(chunked_logits(found, "torch", TOKENS, 77), chunked_logits(original, "torch", TOKENS, 77))
     with pytest.raises(EngineStartError, match="name the first part"):
         converted(parts[1], tmp_path / "var")
     parts[2].rename(tmp_path / "elsewhere")
