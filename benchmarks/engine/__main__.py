@@ -89,7 +89,7 @@ def main() -> None:
         try:
             for number in range(options.rounds):
                 for level in options.levels:
-                    one_round(running, prompts.several(level, options.prompt), options.new, number, failures)
+                    one_round(running, prompts, level, options, number, failures)
         except KeyboardInterrupt:
             print("interrupted; what was measured until now:", file=sys.stderr)
     # After all others have ended, and last: its arrays would count as somebody's memory.
@@ -134,24 +134,31 @@ def start(contender: Contender, options: argparse.Namespace) -> Driver:
 
 
 def one_round(
-    running: list[Running], prompts: list[list[int]], new: int, number: int, failures: dict[str, str]
+    running: list[Running],
+    prompts: Prompts,
+    level: int,
+    options: argparse.Namespace,
+    number: int,
+    failures: dict[str, str],
 ) -> None:
-    """One burst of everybody who has not failed."""
+    """One burst of everybody who has not failed, all with the same prompts."""
+    # Not those that are measured: our fleet keeps what it has computed of a prompt, as it does for its users.
+    warm_up, measured = prompts.several(level, options.prompt), prompts.several(level, options.prompt)
     for one in running:
         if one.contender.name in failures:
             continue
         try:
             if not one.bursts:
-                one.driver.burst(prompts, WARM_UP_TOKENS, BURST_LIMIT_S)
-            arrivals = one.driver.burst(prompts, new, BURST_LIMIT_S)
+                one.driver.burst(warm_up, WARM_UP_TOKENS, BURST_LIMIT_S)
+            arrivals = one.driver.burst(measured, options.new, BURST_LIMIT_S)
             peak, largest = one.driver.peak_mib()
             burst = measure(arrivals, peak_mib=peak, largest_mib=largest, load=os.getloadavg()[0])
         except (DriverFailed, ValueError) as error:
             failures[one.contender.name] = str(error)
             continue
-        one.bursts.setdefault(len(prompts), []).append(burst)
+        one.bursts.setdefault(level, []).append(burst)
         print(
-            f"round {number + 1}, {len(prompts):>2} requests, {one.contender.name:<24}"
+            f"round {number + 1}, {level:>2} requests, {one.contender.name:<24}"
             f" {rate(burst.decode_rate):>7} tokens/s, first {burst.first_p50_ms:.0f} ms, load {burst.load:.2f}",
             file=sys.stderr,
             flush=True,
@@ -167,8 +174,9 @@ def report(
 ) -> None:
     shape = parse_config(json.loads((options.model / "config.json").read_text()))
     roof = roofs[-1]
+    said = {one.contender.name: one.driver.ready for one in running}
     rows = [
-        Row(one.contender.name, figures, cost_of(one, level, shape, options))
+        Row(one.contender.name, figures, cost_of(one, level, said.get(ENGINE.name, {}), shape, options))
         for one in running
         for level, figures in ((level, over_rounds(bursts)) for level, bursts in one.bursts.items())
     ]
@@ -187,9 +195,14 @@ def report(
         write_json(options.json, rows, running, roofs, failures)
 
 
-def cost_of(one: Running, requests: int, shape: ModelConfig, options: argparse.Namespace) -> StepCost | None:
-    """What a step of it reads and computes; None where its storage is not known."""
-    ready = one.driver.ready
+def cost_of(
+    one: Running, requests: int, engine: dict[str, Any], shape: ModelConfig, options: argparse.Namespace
+) -> StepCost | None:
+    """What a step of it reads and computes; None where its storage is not known.
+
+    engine: what our engine said in process, which is true of the one behind the gateway too.
+    """
+    ready = engine if one.contender is GATEWAY else one.driver.ready
     read = weight_bytes(ready, shape, options.gguf.stat().st_size if one.contender.reads_gguf else None)
     if read is None:
         return None

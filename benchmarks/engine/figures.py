@@ -65,7 +65,9 @@ def decode_rate(times: Sequence[Sequence[float]]) -> float | None:
 def measure(arrivals: Arrivals, *, peak_mib: float, largest_mib: float, load: float) -> Burst:
     times = token_times(arrivals)
     first_ms = [1000 * one[0] for one in times]
-    between_ms = [1000 * (b - a) for one in times for a, b in itertools.pairwise(one)] or [0.0]
+    # Tokens that come in one piece are waited for once.
+    pieces = [[at_s for at_s, tokens in one if tokens] for one in arrivals]
+    between_ms = [1000 * (b - a) for one in pieces for a, b in itertools.pairwise(one)] or [0.0]
     return Burst(
         requests=len(times),
         decode_rate=decode_rate(times),
