@@ -8,10 +8,9 @@ from bisect import bisect_right
 
 import msgspec
 
-from bus.codec.logprobs import record_heads
+from bus.codec.logprobs import ANSWER_BYTES_MAX, record_heads
 from gpu_worker.engine import End
 
-ANSWER_BYTES_MAX = 16 * 1024 * 1024  # of one answer: some 48,000 tokens with 20 likeliest ones each
 TOO_MANY = End(
     "error",
     error_code="bad_request",

@@ -6,7 +6,7 @@ the records that begin in the bytes of text he takes, so nothing of them needs a
 
 from array import array
 
-from bus.codec.logprobs import TokenLogprobs, at_of, collect, decode_record, record_places
+from bus.codec.logprobs import ANSWER_BYTES_MAX, TokenLogprobs, at_of, collect, decode_record, record_places
 
 
 class LogprobLog:
@@ -39,6 +39,8 @@ class LogprobLog:
         """
         if offset > len(self.raw):
             return False
+        if offset + len(data) > ANSWER_BYTES_MAX:
+            raise ValueError("an answer has more log probabilities than it may have")
         overlap = min(len(self.raw) - offset, len(data))
         if self.raw[offset : offset + overlap] != data[:overlap]:
             self._cut(offset)

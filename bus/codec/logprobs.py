@@ -19,6 +19,7 @@ import msgspec
 
 from bus.jobs import LOGPROBS_MAX
 
+ANSWER_BYTES_MAX = 16 * 1024 * 1024  # of one answer: some 48,000 tokens with 20 likeliest ones each
 TOKEN_BYTES_MAX = 1024  # of one candidate; longer ones are cut, and no vocabulary has any
 LEAST_LOGPROB = -9999.0  # OpenAI's word for "very unlikely"; also stands for minus infinity
 SPECIAL = 0x8000

@@ -5,6 +5,7 @@ import random
 import pytest
 from msgspec.structs import replace
 
+from bus.calls import logprob_log
 from bus.calls.caller import Caller, CallOptions
 from bus.calls.following import Ended, Following, Records
 from bus.calls.handle import Detached, Finished, JobHandle, TextDelta
@@ -120,6 +121,16 @@ def test_going_on_within_a_record_is_no_log() -> None:
 
     with pytest.raises(ValueError):
         one.take(5, log(2))
+
+
+def test_more_than_an_answer_may_have_is_no_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever writes to a stream: a waiting process keeps it in memory."""
+    monkeypatch.setattr(logprob_log, "ANSWER_BYTES_MAX", len(log(0, 1)))
+    one = LogprobLog()
+    one.take(0, log(0, 1))
+
+    with pytest.raises(ValueError):
+        one.take(len(log(0, 1)), log(2))
 
 
 def test_every_way_to_cut_the_text_gives_each_token_once() -> None:

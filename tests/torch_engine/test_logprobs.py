@@ -103,8 +103,9 @@ def test_guessed_tokens_and_steps_that_run_ahead_have_the_same_ones(model_dir: P
         request(str(n), text, seed=n, logprobs=3, sampling=sampling, max_tokens=50) for n, text in enumerate(TEXTS)
     ]
 
-    def told(**engine: int) -> dict[str, tuple[list[int], bytes]]:
-        return {name: (one.tokens, log_of(one)) for name, one in run(slot_engine(model_dir, **engine), wanted).items()}
+    def told(speculate: int = 0, depth: int = 0) -> dict[str, tuple[list[int], bytes]]:
+        engine = slot_engine(model_dir, speculate=speculate, depth=depth)
+        return {name: (one.tokens, log_of(one)) for name, one in run(engine, wanted).items()}
 
     plain = told()
     assert told(depth=1) == plain

@@ -120,13 +120,12 @@ def test_an_answer_with_too_many_is_noticed_and_takes_no_more(monkeypatch: pytes
     monkeypatch.setattr(answer_log, "ANSWER_BYTES_MAX", 3 * len(record(0)))
     log = AnswerLog()
 
-    log.append(record(0) + record(4))
-    assert not log.full
-    log.append(record(8) + record(12))
-    log.append(record(16))
+    seen = []
+    for records in (record(0) + record(4), record(8) + record(12), record(16)):
+        log.append(records)
+        seen.append((log.full, log.size // len(record(0))))
 
-    assert log.full
-    assert log.size == 2 * len(record(0))
+    assert seen == [(False, 2), (True, 2), (True, 2)]
 
 
 def test_a_restart_voids_what_never_had_a_text() -> None:
