@@ -85,11 +85,12 @@ def prompt_budget(
     interval_s = step_time.expected_s(load_of(answers)) if answers else 0.0
     patience_s = STALL * AIM * max(1.0, arriving / len(answers)) * interval_s if answers else CHUNK_S
     limit_s = interval_s + min(CHUNK_S, patience_s)
+    promised = bool(answers) and arriving <= len(answers)
     noise = min(step_time.noise, NOISE_HEEDED)
 
     def fits(tokens: int) -> bool:
         load = load_of(answers, first_tokens(wanted, tokens))
-        careful = math.exp(CAREFUL * step_time.doubt(load) + noise) if answers else 1.0
+        careful = math.exp(CAREFUL * step_time.doubt(load) + noise) if promised else 1.0
         return step_time.expected_s(load) * careful <= limit_s
 
     return _largest(most, fits)

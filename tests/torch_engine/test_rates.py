@@ -148,7 +148,7 @@ def test_a_burst_of_prompts_goes_before_the_few_that_already_answer():
         return known.expected_s(load_of(ANSWERS[:1], first_tokens(burst, tokens))) - alone_s
 
     assert extra_s(1) < extra_s(3) < extra_s(31)
-    assert CHUNK_S * 0.6 < extra_s(31) < CHUNK_S * 1.02
+    assert CHUNK_S * 0.97 < extra_s(31) <= CHUNK_S
 
 
 def test_a_long_context_makes_chunks_shorter():
