@@ -181,3 +181,14 @@ def test_the_command_knows_one_word(capsys: pytest.CaptureFixture[str]) -> None:
     assert model_files.main(["fly"], {}) == 2
     assert model_files.main(["fetch"], {"MILLRACE_MODEL_PATH": "/nowhere"}) == 1
     assert "no such GGUF file" in capsys.readouterr().err
+
+
+def test_a_long_conversion_says_now_and_then_how_far_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    times = iter([0.0, 1.0, 2.5, 2.5, 2.6, 9.0])
+    progress = model_files.log_progress(clock=lambda: next(times))
+
+    with caplog.at_level("INFO"):
+        for fraction in (0.1, 0.5, 0.6, 1.0):
+            progress("converting", fraction)
+
+    assert [(record.message, record.__dict__["percent"]) for record in caplog.records] == [("converting", 50)]
