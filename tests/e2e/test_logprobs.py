@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,7 @@ Tokens = list[ChatCompletionTokenLogprob]
 class House:
     """A gateway, and workers that serve one torch model."""
 
-    def __init__(self, fleet: Fleet, key: str, workers: dict[str, RoleProcess], ports: list[int]) -> None:
-        self.fleet = fleet
+    def __init__(self, key: str, workers: dict[str, RoleProcess], ports: list[int]) -> None:
         self.key = key
         self.workers = workers
         self.bases = [f"http://127.0.0.1:{port}" for port in ports]
@@ -41,15 +41,24 @@ class House:
         return await self.openai.chat.completions.create(model=Settings().model, messages=MESSAGES, **body)
 
 
-async def open_house(server: ValkeyServer, tmp_path: Path, model: Path, workers: int, gateways: int = 1) -> House:
+@asynccontextmanager
+async def open_house(
+    server: ValkeyServer, tmp_path: Path, model: Path, workers: int, gateways: int = 1
+) -> AsyncIterator[House]:
     async with client(ServerAddress.parse(server.url)) as redis:
         key = (await ApiKeys(redis).create(["chat"])).key
-    fleet = Fleet(server.url, tmp_path, model_path=model, dtype="float32", threads=1)
+    # Not the compiled kernels: each fleet's own directory would have them compiled anew.
+    with Fleet(server.url, tmp_path, model_path=model, dtype="float32", threads=1, kernels="torch") as fleet:
+        house = await furnish(fleet, server, key, workers, gateways)
+        async with house.openai:
+            yield house
+
+
+async def furnish(fleet: Fleet, server: ValkeyServer, key: str, workers: int, gateways: int) -> House:
     fleet.start("registry_consumer")
     fleet.start("dispatcher")
     names = [f"torch-{n}" for n in range(workers)]
     house = House(
-        fleet,
         key,
         {name: fleet.start("gpu_worker", node_id=name) for name in names},
         [free_port() for _ in range(gateways)],
@@ -66,8 +75,7 @@ async def open_house(server: ValkeyServer, tmp_path: Path, model: Path, workers:
 @pytest.fixture
 async def tiny(own_server: ValkeyServer, tmp_path: Path) -> AsyncIterator[House]:
     """A random model that speaks in bytes: its tokens are parts of characters, or of none."""
-    house = await open_house(own_server, tmp_path, tiny_model(tmp_path / "tiny"), workers=1, gateways=2)
-    with house.fleet:
+    async with open_house(own_server, tmp_path, tiny_model(tmp_path / "tiny"), workers=1, gateways=2) as house:
         yield house
 
 
@@ -175,8 +183,7 @@ async def test_a_wish_beyond_openais_limits_is_named(tiny: House, body: dict[str
 
 async def test_the_death_of_a_worker_loses_none_and_repeats_none(own_server: ValkeyServer, tmp_path: Path) -> None:
     """The default model, killed twice within one answer: the same values, bit for bit, as in one piece."""
-    house = await open_house(own_server, tmp_path, MODEL_PATH, workers=2)
-    with house.fleet:
+    async with open_house(own_server, tmp_path, MODEL_PATH, workers=2) as house:
         async with asyncio.timeout(170):
             asked = {"max_tokens": 60, "temperature": 0.8, "seed": 11, "top_logprobs": 3, "presence_penalty": 0.4}
             whole = await house.whole(logprobs=True, **asked)
