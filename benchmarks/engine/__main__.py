@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -74,6 +75,7 @@ class Prompts:
 
 def main() -> None:
     options = parse_options()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a limit of time ends it like Ctrl-C
     prompts = Prompts(options.model, options.seed)
     print(describe_machine(), flush=True)
     print(

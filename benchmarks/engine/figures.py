@@ -22,6 +22,7 @@ class Burst:
 
     requests: int
     decode_rate: float | None  # tokens/s while all run; None: at no time did all run
+    whole_rate: float  # tokens/s of the whole burst, from its arrival to its last token
     first_p50_ms: float
     first_max_ms: float
     between_p50_ms: float
@@ -38,6 +39,7 @@ class Figures:
     requests: int
     decode_rate: float | None
     decode_rate_best: float | None
+    whole_rate: float  # tokens/s of the whole burst, from its arrival to its last token
     first_p50_ms: float
     first_max_ms: float
     between_p50_ms: float
@@ -71,6 +73,7 @@ def measure(arrivals: Arrivals, *, peak_mib: float, largest_mib: float, load: fl
     return Burst(
         requests=len(times),
         decode_rate=decode_rate(times),
+        whole_rate=sum(map(len, times)) / max(one[-1] for one in times),
         first_p50_ms=statistics.median(first_ms),
         first_max_ms=max(first_ms),
         between_p50_ms=percentile(between_ms, 0.5),
@@ -87,6 +90,7 @@ def over_rounds(rounds: Sequence[Burst]) -> Figures:
         requests=rounds[0].requests,
         decode_rate=statistics.median(rates) if rates else None,
         decode_rate_best=max(rates, default=None),
+        whole_rate=statistics.median(one.whole_rate for one in rounds),
         first_p50_ms=statistics.median(one.first_p50_ms for one in rounds),
         first_max_ms=statistics.median(one.first_max_ms for one in rounds),
         between_p50_ms=statistics.median(one.between_p50_ms for one in rounds),

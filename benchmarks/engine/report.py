@@ -7,8 +7,8 @@ from benchmarks.engine.costs import StepCost
 from benchmarks.engine.figures import Figures
 
 HEAD = (
-    "| requests | | decode tokens/s | first token p50 / max ms | between tokens p50 / p99 ms | memory MiB"
-    " | of bandwidth | of products |\n|---:|---|---:|---:|---:|---:|---:|---:|"
+    "| requests | | decode tokens/s | whole burst tokens/s | first token p50 / max ms | between tokens p50 / p99 ms | memory MiB"
+    " | of bandwidth | of products |\n|---:|---|---:|---:|---:|---:|---:|---:|---:|"
 )
 SEVERAL_PROCESSES = 1.05  # more than the largest process has: then both are shown
 
@@ -39,6 +39,7 @@ def line(row: Row, bandwidth: float, products: float) -> str:
         str(found.requests),
         row.name,
         f"{rate(found.decode_rate)} (best {rate(found.decode_rate_best)})",
+        f"{found.whole_rate:.1f}",
         f"{found.first_p50_ms:.0f} / {found.first_max_ms:.0f}",
         f"{found.between_p50_ms:.1f} / {found.between_p99_ms:.1f}",
         memory,

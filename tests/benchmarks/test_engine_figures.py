@@ -29,6 +29,7 @@ SHAPE = parse_config(
 BURST = Burst(
     requests=2,
     decode_rate=10.0,
+    whole_rate=8.0,
     first_p50_ms=100.0,
     first_max_ms=150.0,
     between_p50_ms=20.0,
@@ -63,6 +64,7 @@ def test_tokens_that_come_in_one_piece_are_waited_for_once():
     assert found.requests == 2
     assert found.first_p50_ms == pytest.approx(700.0)
     assert found.first_max_ms == pytest.approx(900.0)
+    assert found.whole_rate == pytest.approx(6 / 0.9)
     assert found.between_p50_ms == pytest.approx(200.0)
 
 
@@ -141,8 +143,8 @@ def test_the_table_goes_by_requests_and_shows_shares_of_the_roofs():
         [Row("b", two, cost), Row("a", one, cost)], bandwidth=1e10, products=cost.operations * 500
     ).splitlines()
 
-    assert lines[2] == "| 1 | a | 50.0 (best 50.0) | 100 / 150 | 20.0 / 30.0 | 600, largest 400 | 50% | 10% |"
-    assert lines[3] == "| 2 | b | - (best -) | 100 / 150 | 20.0 / 30.0 | 500 | - | - |"
+    assert lines[2] == "| 1 | a | 50.0 (best 50.0) | 8.0 | 100 / 150 | 20.0 / 30.0 | 600, largest 400 | 50% | 10% |"
+    assert lines[3] == "| 2 | b | - (best -) | 8.0 | 100 / 150 | 20.0 / 30.0 | 500 | - | - |"
 
 
 def test_peers_are_chosen_by_the_beginning_of_their_names():
