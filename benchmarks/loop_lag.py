@@ -92,23 +92,31 @@ async def measure(threads: int, seconds: float, length: int, answers: int) -> No
             fleet.start("gpu_worker", node_id=NODE)
             address = ServerAddress.parse(server.url)
             link = await Link.connect(address, name="loop lag", cell_key=CellKeys(0).leases)
-            async with link, Reader(address, name="loop lag reads") as reader, Client(server.url) as chats:
+            async with link, Reader(address, name="loop lag reads") as reader:
                 cell = Cell(link, 0, Settings())
-
-                async def is_up() -> bool:
-                    view = await cell.node(NODE)
-                    return view is not None and view.usable(0) and view.leased
-
-                await wait_until(is_up, timeout_s=START_S)
+                await wait_until(lambda: is_up(cell), timeout_s=START_S)
                 show(threads, "idle", await watch(reader, cell, seconds), [0, 0])
-                counts = [0, 0]
-                async with asyncio.TaskGroup() as group:
-                    load = [group.create_task(answer_for_ever(chats, counts)) for _ in range(answers)]
-                    load.append(group.create_task(prompt_for_ever(chats, length, counts)))
-                    found = await watch(reader, cell, seconds)
-                    for task in load:
-                        task.cancel()
-                show(threads, "busy", found, counts)
+                async with Client(server.url) as chats:
+                    show(threads, "busy", *await watch_busy(reader, cell, chats, seconds, length, answers))
+
+
+async def is_up(cell: Cell) -> bool:
+    view = await cell.node(NODE)
+    return view is not None and view.usable(0) and view.leased
+
+
+async def watch_busy(
+    reader: Reader, cell: Cell, chats: Client, seconds: float, length: int, answers: int
+) -> tuple[Watch, list[int]]:
+    """What is seen, and the pieces and prompts that came, from the start of the load on."""
+    counts = [0, 0]
+    async with asyncio.TaskGroup() as group:
+        load = [group.create_task(answer_for_ever(chats, counts)) for _ in range(answers)]
+        load.append(group.create_task(prompt_for_ever(chats, length, counts)))
+        found = await watch(reader, cell, seconds)
+        for task in load:
+            task.cancel()
+    return found, counts
 
 
 def show(threads: int, kind: str, found: Watch, counts: list[int]) -> None:
