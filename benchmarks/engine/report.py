@@ -7,8 +7,8 @@ from benchmarks.engine.costs import StepCost
 from benchmarks.engine.figures import Figures
 
 HEAD = (
-    "| requests | | decode tokens/s | whole burst tokens/s | first token p50 / max ms | between tokens p50 / p99 ms | memory MiB"
-    " | of bandwidth | of products |\n|---:|---|---:|---:|---:|---:|---:|---:|---:|"
+    "| requests | | decode tokens/s | whole burst tokens/s | first token p50 / max ms | between tokens p50 / p99 ms"
+    " | memory MiB | of bandwidth | of products |\n|---:|---|---:|---:|---:|---:|---:|---:|---:|"
 )
 SEVERAL_PROCESSES = 1.05  # more than the largest process has: then both are shown
 
