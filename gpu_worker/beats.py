@@ -85,6 +85,15 @@ def _differs(before: float, after: float) -> bool:
     return abs(after - before) > RATE_NEWS * max(abs(before), 1e-9)
 
 
+def rest_s(now_s: float, told_s: float, beat_s: float) -> float:
+    """Until the next look: no later than the next beat is due. One that is due was not sent: not again at once.
+
+    A timer may end a hair early; a beat that would then wait for the look after it would come a whole look late.
+    """
+    due_s = told_s + beat_s
+    return min(LOOK_S, due_s - now_s if due_s > now_s else beat_s)
+
+
 class Beater:
     """Publishes the node's state every `beat_ms`, sooner on news, and at once when nudged."""
 
@@ -114,5 +123,5 @@ class Beater:
                 except LinkError as error:
                     log.warning("beat not sent", extra={"node": self._node, "error": str(error)})
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(LOOK_S, self._beat_s)):
+                async with asyncio.timeout(rest_s(time.monotonic(), told_s, self._beat_s)):
                     await self._nudged.wait()

@@ -10,7 +10,7 @@ import pytest
 from bus.codec.events import NodeBeat, event_fields, parse_event
 from bus.codec.wire import Owned
 from bus.ids import Holder, NodeId
-from gpu_worker.beats import is_news, make_beat
+from gpu_worker.beats import LOOK_S, is_news, make_beat, rest_s
 from gpu_worker.engine import EngineInfo, EngineLoad
 from gpu_worker.loop_lag import TICK_S, WINDOW, LoopLag
 
@@ -61,6 +61,15 @@ def test_a_rate_is_a_number_that_the_dispatcher_can_divide_by(measured: float, t
 
     assert (beat.prefill_rate, beat.decode_rate) == (told, told)
     assert sent_and_read(beat) == beat
+
+
+@pytest.mark.parametrize(
+    ("since_s", "rest"),
+    [(0.0, LOOK_S), (9.2, 0.8), (9.9996, 0.0004), (10.0, LOOK_S), (12.0, LOOK_S)],
+)
+def test_a_beat_is_due_on_time_and_a_lost_one_is_tried_at_the_next_look(since_s: float, rest: float):
+    assert rest_s(100.0 + since_s, 100.0, beat_s=10.0) == pytest.approx(rest)
+    assert rest_s(100.5, 100.0, beat_s=0.3) == pytest.approx(0.3)
 
 
 def test_speculation_and_the_loops_lag_travel_with_the_beat():

@@ -42,19 +42,19 @@ async def house(server: ValkeyServer) -> AsyncIterator[House]:
 
 
 class HeavyRunner:
-    """The engine's own runner; while `heavy`, each step takes STEP_S of products beside its own."""
+    """The engine's own runner; each step takes `extra_s` of products beside its own."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self.depth = runner.depth
-        self.heavy = False
+        self.extra_s = 0.0
         self.heavy_steps = 0
 
     def launch(self, plan: Plan, before: Flight | None) -> Flight:
-        if self.heavy:
+        if self.extra_s:
             self.heavy_steps += 1
             matrix = torch.ones(600, 600)
-            end_s = time.monotonic() + STEP_S
+            end_s = time.monotonic() + self.extra_s
             while time.monotonic() < end_s:
                 torch.mm(matrix, matrix)
         return self._runner.launch(plan, before)
@@ -109,14 +109,14 @@ async def node_when(house: House, holds: Callable[[NodeView], bool], timeout_s: 
 async def test_beats_and_leases_never_wait_for_the_engine(house: House, model_dir: Path):
     """A step longer than the lease: beats go out on time, the lease holds throughout, and the job ends at once."""
     async with torch_worker(house, model_dir) as runner:
-        runner.heavy = True
+        runner.extra_s = STEP_S
         job_id = await house.submit("a long thought", max_tokens=2, ignore_eos=True)
         await wait_until(lambda: runner.heavy_steps)
         views: list[NodeView] = []
         while runner.heavy_steps < 2:
             views.append(await house.node("t1"))
             await asyncio.sleep(0.02)
-        runner.heavy = False
+        runner.extra_s = 0.0
         end = await house.end_of(job_id)
 
     beats_ms = sorted({view.last_beat_ms for view in views})
@@ -128,10 +128,12 @@ async def test_beats_and_leases_never_wait_for_the_engine(house: House, model_di
 
 async def test_what_a_worker_beats_is_so(house: House, model_dir: Path):
     """Rates are there before the first job and stay after the last one; the capacity follows the blocks."""
-    async with torch_worker(house, model_dir, kv_tokens=1024, capacity=4):
+    async with torch_worker(house, model_dir, kv_tokens=1024, capacity=4) as runner:
         fresh = await house.node("t1")
-        job_id = await house.submit("x" * 700, max_tokens=250, ignore_eos=True)
+        runner.extra_s = 0.02  # so long that a beat tells of it
+        job_id = await house.submit("x" * 700, max_tokens=100, ignore_eos=True)
         busy = await node_when(house, lambda node: node.free_blocks < fresh.total_blocks // 3)
+        runner.extra_s = 0.0
         await house.end_of(job_id)
         after = await node_when(house, lambda node: node.free_blocks == fresh.total_blocks)
 
