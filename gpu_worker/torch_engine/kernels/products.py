@@ -216,25 +216,30 @@ def tile_rows(tile: Any, row: int, panel: int, packed: int, unpacked: int, op: A
 
 @compiled
 def many(rows: int, op: Any, first: int, last: int, scratch: int) -> None:
-    """Panels first..last of any number of rows; scratch: room for one unpacked panel."""
+    """Panels first..last of any number of rows, in tiles of like size; scratch: room for one unpacked panel.
+
+    A tile of fewer than four rows takes as long as one of four: so two of four, not six and two.
+    """
     for panel in range(first, last):
         packed = op.weight + panel * op.blocks * op.block_bytes
         unpack(packed, scratch, op)
-        row = 0
-        while row + TILE_ROWS <= rows:
-            tile_rows(tile6(), row, panel, packed, scratch, op)
-            row += TILE_ROWS
-        rest = rows - row
-        if rest == 1:
-            tile_rows(tile1(), row, panel, packed, scratch, op)
-        elif rest == 2:
-            tile_rows(tile2(), row, panel, packed, scratch, op)
-        elif rest == 3:
-            tile_rows(tile3(), row, panel, packed, scratch, op)
-        elif rest == 4:
-            tile_rows(tile4(), row, panel, packed, scratch, op)
-        elif rest == 5:
-            tile_rows(tile5(), row, panel, packed, scratch, op)
+        row, tiles = 0, (rows + TILE_ROWS - 1) // TILE_ROWS
+        while tiles:
+            count = (rows - row + tiles - 1) // tiles
+            if count == 6:
+                tile_rows(tile6(), row, panel, packed, scratch, op)
+            elif count == 5:
+                tile_rows(tile5(), row, panel, packed, scratch, op)
+            elif count == 4:
+                tile_rows(tile4(), row, panel, packed, scratch, op)
+            elif count == 3:
+                tile_rows(tile3(), row, panel, packed, scratch, op)
+            elif count == 2:
+                tile_rows(tile2(), row, panel, packed, scratch, op)
+            else:
+                tile_rows(tile1(), row, panel, packed, scratch, op)
+            row += count
+            tiles -= 1
 
 
 @compiled
