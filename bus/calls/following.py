@@ -128,7 +128,7 @@ class Following:
             if records is not None and not self.streamed:
                 self.logprobs.reset()
                 self._take_records(Records(0, records))
-            self.logprobs.expect(logprobs_len)
+            self.logprobs.expect_exactly(logprobs_len)
         if text is not None and not self.streamed:
             self.text[:] = text
             self._pending_end, self._target = ended, 0
@@ -154,8 +154,11 @@ class Following:
         return Hole(self.fence, len(self.text), max(self._target, len(self.text)), logprobs_from)
 
     def filled(self, hole: Hole, data: bytes, records: bytes = b"") -> bool:
-        """Bytes read for `hole`. False if nothing came: the stored text is gone or shorter; ask for the job's state."""
-        if self.ended is not None or hole.start > len(self.text):
+        """Bytes read for `hole`. False if nothing came: the stored text is gone or shorter; ask for the job's state.
+
+        Those of an attempt that a marker has replaced meanwhile are dropped: they tell nothing of what the new one has.
+        """
+        if self.ended is not None or hole.fence != self.fence or hole.start > len(self.text):
             return True
         if hole.logprobs_from is not None and records:
             self._take_records(Records(hole.logprobs_from, records))

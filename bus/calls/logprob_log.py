@@ -6,7 +6,7 @@ the records that begin in the bytes of text he takes, so nothing of them needs a
 
 from array import array
 
-from bus.codec.logprobs import ANSWER_BYTES_MAX, TokenLogprobs, at_of, collect, decode_record, record_places
+from bus.codec.logprobs import ANSWER_BYTES_MAX, TokenLogprobs, decode_record, is_restart, record_heads, record_places
 
 
 class LogprobLog:
@@ -15,8 +15,8 @@ class LogprobLog:
     def __init__(self) -> None:
         self.raw = bytearray()
         self.generation = 0
-        self._ats = array("Q")  # of each record
-        self._ends = array("Q")
+        self._ats = array("Q")  # of each record that stands: not of those whose place another engine's have taken
+        self._begins = array("Q")
         self._target = 0  # the log is known to reach this far
 
     @property
@@ -26,10 +26,13 @@ class LogprobLog:
     def expect(self, size: int) -> None:
         self._target = max(self._target, size)
 
+    def expect_exactly(self, size: int) -> None:
+        """The attempt has ended: whatever was heard of longer logs was of earlier ones."""
+        self._target = size
+
     def reset(self) -> None:
         """A new attempt began with nothing."""
         self._cut(0)
-        self._target = 0
 
     def take(self, offset: int, data: bytes) -> bool:
         """Whole records from byte `offset` on. False: there is a hole before them, and nothing was taken.
@@ -46,27 +49,46 @@ class LogprobLog:
             self._cut(offset)
             overlap = 0
         fresh = data[overlap:]
+        places = record_places(fresh)
         base = len(self.raw)
-        for at, end in record_places(fresh):
-            self._ats.append(at)
-            self._ends.append(base + end)
         self.raw += fresh
+        self._list(base, places)
+        self._target = max(self._target, len(self.raw))
         return True
 
     def read(self, index: int, start: int, end: int) -> tuple[tuple[TokenLogprobs, ...], int]:
         """Records from number `index` on that begin in bytes start..end of the text, and the number to go on from."""
-        found: list[TokenLogprobs | int] = []
+        found: list[TokenLogprobs] = []
         while index < len(self._ats) and self._ats[index] < end:
-            begin = self._ends[index - 1] if index else 0
-            found.append(decode_record(self.raw, begin) or at_of(self.raw, begin))
+            if self._ats[index] >= start:
+                record = decode_record(self.raw, self._begins[index])
+                assert record is not None, "restarts are not listed"
+                found.append(record)
             index += 1
-        return tuple(collect(found, start, end)), index
+        return tuple(found), index
+
+    def _list(self, begin: int, places: list[tuple[int, int]]) -> None:
+        """List records of `raw`; (at, end) of each, its end counted from byte `begin` of all."""
+        base, dropped = begin, False
+        for at, end in places:
+            if is_restart(self.raw, begin):
+                while self._ats and self._ats[-1] >= at:
+                    self._ats.pop()
+                    self._begins.pop()
+                    dropped = True
+            else:
+                self._ats.append(at)
+                self._begins.append(begin)
+            begin = base + end
+        self.generation += dropped
 
     def _cut(self, size: int) -> None:
+        """Also brings back what a restart behind `size` had taken the place of."""
         self.generation += 1
-        while self._ends and self._ends[-1] > size:
-            self._ends.pop()
-            self._ats.pop()
-        del self.raw[self._ends[-1] if self._ends else 0 :]
-        if len(self.raw) != size:
+        del self.raw[size:]
+        self._ats, self._begins = array("Q"), array("Q")
+        self._target = size
+        places = record_heads(self.raw)
+        if (places[-1][1] if places else 0) != size:
             raise ValueError("log probabilities go on within a record")
+        self._list(0, places)

@@ -99,10 +99,11 @@ def record_places(raw: bytes | bytearray, start: int = 0) -> list[tuple[int, int
     return places
 
 
-def record_heads(raw: bytes) -> list[tuple[int, int]]:
-    """(at, end) of each record that `encode_record` and `encode_restart` wrote."""
+def record_heads(raw: bytes | bytearray) -> list[tuple[int, int]]:
+    """(at, end) of each record that `encode_record` and `encode_restart` wrote, or `record_places` took. The last end
+    is beyond `raw` if that one is cut off, or misses its end if its head is."""
     places, start = [], 0
-    while start < len(raw):
+    while start + _HEAD.size <= len(raw):
         size, at, _ = _HEAD.unpack_from(raw, start)
         start += size
         places.append((at, start))
@@ -114,6 +115,11 @@ def shown_records(raw: bytes | bytearray, text_len: int) -> list[TokenLogprobs]:
     and those of which nothing is shown. Raises ValueError."""
     starts = [0, *(end for _, end in record_places(raw))]
     return collect([decode_record(raw, start) or at_of(raw, start) for start in starts[:-1]], 0, text_len)
+
+
+def is_restart(raw: bytes | bytearray, start: int) -> bool:
+    """Whether the record at `start` has no candidates."""
+    return not raw[start + _HEAD.size - 1]
 
 
 def at_of(raw: bytes | bytearray, start: int) -> int:

@@ -148,6 +148,32 @@ def test_every_way_to_cut_the_text_gives_each_token_once() -> None:
     assert shown_records(raw, len(TEXT)) == TOKENS
 
 
+def test_records_of_a_dead_attempt_are_not_read_by_who_goes_on_in_parts() -> None:
+    """Half characters that the first engine stored before their text: the second says other tokens from there on."""
+    dead, alive = [token(2, b"\xf0"), token(3, b"\x9f")], [token(2, b"A"), token(3, b"B")]
+    one = LogprobLog()
+    one.take(0, b"".join(map(encode_record, [token(0, b"Hi"), *dead])))
+    first, index = one.read(0, 0, 2)
+
+    one.take(len(one.raw), encode_restart(2) + b"".join(map(encode_record, alive)))
+    index = index if one.generation == 0 else 0
+    second, index = one.read(index, 2, 3)
+    third, _ = one.read(index, 3, 4)
+
+    assert (words(first), words(second), words(third)) == ([b"Hi"], [b"A"], [b"B"])
+    assert words(one.read(0, 2, 4)[0]) == [b"A", b"B"]
+
+
+def test_a_restart_that_is_taken_back_gives_its_records_back() -> None:
+    one = LogprobLog()
+    raw = log(0, 1, 2)
+    one.take(0, raw + encode_restart(TOKENS[1].at) + log(1))
+
+    one.take(len(raw), log(3))
+
+    assert words(one.read(0, 0, 100)[0]) == WORDS[:4]
+
+
 # --- the fold ---------------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +229,36 @@ def test_an_attempt_that_begins_anew_has_a_log_of_its_own() -> None:
 
     assert job.logprobs is not None
     assert words(job.logprobs.read(0, 0, 3)[0]) == [b"The"]
+
+
+def test_a_shorter_log_after_a_rollback_is_whole() -> None:
+    """The server lost its last second; the next attempt wrote fewer bytes in the place of those that were heard."""
+    job = asking()
+    job.frame("1.a", 0, b"The", Records(0, log(0)))
+    job.frame("1.a", 3, b"", Records(len(log(0)), log(1, 2, 3)))
+    job.marker("2.b", 3)
+    other = encode_record(token(3, b" mill", -0.75))
+    job.frame("2.b", 3, b" mill", Records(len(log(0)), other))
+
+    job.end("2.b", 8, DONE, None, len(log(0)) + len(other))
+
+    assert job.ended == DONE
+
+
+def test_what_is_read_of_an_attempt_that_was_replaced_meanwhile_counts_no_more() -> None:
+    """The old one's log was longer; that of the new one begins anew."""
+    job = asking()
+    job.frame("1.a", 0, b"", Records(len(log(0)), log(1)))
+    hole = job.hole()
+    assert hole is not None
+
+    job.marker("2.b", 0)
+    assert job.filled(hole, b"", log(0, 1))
+    job.frame("2.b", 0, b"The", Records(0, log(0)))
+    job.end("2.b", 3, DONE, None, len(log(0)))
+
+    assert job.ended == DONE
+    assert job.logprobs is not None and bytes(job.logprobs.raw) == log(0)
 
 
 # --- over a server ----------------------------------------------------------------------------------------------------
