@@ -56,7 +56,7 @@ class Diverged(CallFailed):
 
 
 class NoLogprobs(CallFailed):
-    """The request asks for log probabilities, and the node gives none."""
+    """The request asks for log probabilities, and the node gives none, or none that make sense."""
 
     def __init__(self) -> None:
         super().__init__("bad_request", "logprobs: the node that answered gives no log probabilities", fault="client")

@@ -1,6 +1,7 @@
 """Log probabilities as an HTTP node tells them, in either of OpenAI's shapes, to records of ours. Pure.
 
-Every number and text is the node's word: what is no log probability makes the call fail, never a record.
+Every number and text is the node's word: what is no log probability is refused, and never becomes a record. The job
+then ends as one that no node like this can do: another attempt would get the same.
 """
 
 import math
@@ -16,14 +17,14 @@ from bus.codec.logprobs import (
     encode_restart,
 )
 from bus.jobs import LOGPROBS_MAX
-from gpu_worker.relay_engine.faults import NodeBroke
+from gpu_worker.relay_engine.faults import NoLogprobs
 
 Scored = tuple[Candidate, ...]  # a token, then the likeliest ones
 _looks_special = re.compile(r"<[^<>\s]{1,64}>").fullmatch  # <|im_end|>, </s>
 
 
 def read_scores(found: object) -> tuple[Scored, ...] | None:
-    """The `logprobs` of a choice; None if there are none. Raises NodeBroke."""
+    """The `logprobs` of a choice; None if there are none. Raises NoLogprobs."""
     if not isinstance(found, dict):
         return None
     if isinstance(content := found.get("content"), list):
@@ -35,21 +36,21 @@ def read_scores(found: object) -> tuple[Scored, ...] | None:
 
 def _entry(one: object) -> Scored:
     if not isinstance(one, dict):
-        raise _broken()
+        raise NoLogprobs
     top = one.get("top_logprobs") or []
     if not isinstance(top, list):
-        raise _broken()
+        raise NoLogprobs
     return (_candidate(one), *(_candidate(other) for other in top[:LOGPROBS_MAX]))
 
 
 def _candidate(one: object) -> Candidate:
     if not isinstance(one, dict) or not isinstance(text := one.get("token"), str):
-        raise _broken()
+        raise NoLogprobs
     raw = one.get("bytes")
     if raw is None:  # of a special token, or of every token of a server that fills in none
         return _of_text(text, one.get("logprob"), special=_looks_special(text) is not None)
     if not isinstance(raw, list) or not all(type(byte) is int and 0 <= byte < 256 for byte in raw):
-        raise _broken()
+        raise NoLogprobs
     return Candidate(_bounded(bytes(raw)), _number(one.get("logprob")))
 
 
@@ -57,7 +58,7 @@ def _four_lists(tokens: Sequence[object], found: dict[str, object]) -> tuple[Sco
     """The older shape names no bytes: a part of a character is told apart by nobody there."""
     values, tops = found.get("token_logprobs"), found.get("top_logprobs")
     if not isinstance(values, list) or len(values) != len(tokens):
-        raise _broken()
+        raise NoLogprobs
     likeliest = tops if isinstance(tops, list) and len(tops) == len(tokens) else [None] * len(tokens)
     return tuple(
         (_of_text(text, value), *_likeliest(top)) for text, value, top in zip(tokens, values, likeliest, strict=True)
@@ -74,24 +75,20 @@ def _likeliest(top: object) -> Scored:
 
 def _of_text(text: object, logprob: object, *, special: bool = False) -> Candidate:
     if not isinstance(text, str):
-        raise _broken()
+        raise NoLogprobs
     return Candidate(_bounded(text.encode("utf-8", "replace")), _number(logprob), special)
 
 
 def _bounded(token: bytes) -> bytes:
     if len(token) > TOKEN_BYTES_MAX:
-        raise _broken()
+        raise NoLogprobs
     return token
 
 
 def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-        raise _broken()
+        raise NoLogprobs
     return max(min(float(value), 0.0), LEAST_LOGPROB)
-
-
-def _broken() -> NodeBroke:
-    return NodeBroke("the node sent log probabilities that make no sense")
 
 
 class Placing:

@@ -17,13 +17,14 @@ from typing import Protocol
 import msgspec
 import orjson
 
+from bus.codec.logprobs import ANSWER_BYTES_MAX as LOGPROBS_BYTES_MAX
 from bus.jobs import ChatJob, estimate_new_tokens, estimate_prompt_tokens
 from gpu_worker.engine import End, GenerateRequest
 from gpu_worker.relay_engine.answer import Answer
 from gpu_worker.relay_engine.call import NodeCalls
 from gpu_worker.relay_engine.faults import CallFailed, NodeBroke, NoLogprobs
 from gpu_worker.relay_engine.meter import Meter
-from gpu_worker.relay_engine.scores import Placing
+from gpu_worker.relay_engine.scores import Placing, read_scores
 from gpu_worker.relay_engine.tally import Tally, tokens_of
 from gpu_worker.relay_engine.wire import (
     Chunk,
@@ -155,7 +156,11 @@ class NodeSpeaker:
                 if chunk.text or records:
                     text = answer.feed(chunk.text)
                     if keeps:
-                        kept, kept_records = kept + text, kept_records + records
+                        kept += text
+                        kept_records += records
+                        if len(kept_records) > LOGPROBS_BYTES_MAX:  # the service says why it takes no more
+                            listener.publish(bytes(kept), bytes(kept_records))
+                            kept, kept_records, keeps = bytearray(), bytearray(), False
                     else:
                         listener.publish(text, records)
                     await listener.room()
@@ -223,9 +228,11 @@ class NodeSpeaker:
 
 
 def _records_of(chunk: Chunk, placing: Placing | None, job: ChatJob, *, first: bool) -> bytes:
-    """Its log probabilities, if the job asks for them. Raises NoLogprobs if the first text comes without any."""
+    """Its log probabilities, if the job asks for them. Raises NoLogprobs if they make no sense, or if the first text
+    comes without any."""
     if placing is None:
         return b""
-    if chunk.scores is None and chunk.text and first:
+    scores = read_scores(chunk.logprobs)
+    if scores is None and chunk.text and first:
         raise NoLogprobs
-    return placing.records(chunk.scores or (), job.logprobs or 0)
+    return placing.records(scores or (), job.logprobs or 0)

@@ -7,7 +7,6 @@ import orjson
 
 from bus.jobs import ChatJob
 from gpu_worker.relay_engine.faults import NodeBroke, failure_of_event
-from gpu_worker.relay_engine.scores import Scored, read_scores
 
 Dialect = Literal["openai", "simple"]
 Continuation = Literal["none", "final_message", "template"]
@@ -48,7 +47,7 @@ class Chunk(msgspec.Struct, frozen=True):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     done: bool = False  # [DONE]
-    scores: tuple[Scored, ...] | None = None  # of the tokens of this text; None: the node tells none
+    logprobs: object = None  # of the tokens of this text, as the node sent them: read only for a job that asks
 
 
 def base_of(api_url: str) -> str:
@@ -190,8 +189,8 @@ def _read_choice(found: dict[str, Any]) -> Chunk:
     text = holder.get("content") if isinstance(holder, dict) else choice.get("text")
     if text is not None and not isinstance(text, str):
         raise NodeBroke("the node sent a text that is no string")
-    scores = read_scores(choice.get("logprobs"))
-    return Chunk(text or "", _finish(choice.get("finish_reason")), prompt, completion, scores=scores)
+    finish = _finish(choice.get("finish_reason"))
+    return Chunk(text or "", finish, prompt, completion, logprobs=choice.get("logprobs"))
 
 
 def _finish(reason: object) -> Literal["", "stop", "length"]:

@@ -62,6 +62,7 @@ class Knobs:
     chop: int = 0  # write the body in pieces of this many bytes
     ignores_stop: bool = False
     ignores_max_tokens: bool = False
+    scores: Any = None  # sent as log probabilities with every token, asked for or not
 
 
 def answer_tokens(prompt: str) -> Iterator[str]:
@@ -287,7 +288,7 @@ class FakeNode:
             if number == knobs.end_at:
                 return
             scores = _scores(token, chat) if knobs.logprobs and call.body.get("logprobs") not in (None, False) else None
-            yield self._event({"content": token}, chat=chat, scores=scores)
+            yield self._event({"content": token}, chat=chat, scores=scores or knobs.scores)
             call.tokens_sent = number + 1
         while knobs.huge:
             yield self._event({"content": " more" * 2000}, chat=chat)

@@ -6,7 +6,8 @@ import pytest
 
 from bus.codec.logprobs import Candidate, shown_records
 from bus.jobs import Sampling
-from gpu_worker.relay_engine.faults import NodeBroke
+from gpu_worker.relay_engine import speaker
+from gpu_worker.relay_engine.faults import NoLogprobs
 from gpu_worker.relay_engine.scores import Placing, read_scores
 from tests.harness.fake_openai import FakeNode
 from tests.relay.test_engine import Bench, Result, bench, expected, node, session
@@ -64,7 +65,7 @@ def test_a_node_may_tell_none(nothing: Any) -> None:
     ],
 )
 def test_what_makes_no_sense_fails_the_call(found: Any) -> None:
-    with pytest.raises(NodeBroke):
+    with pytest.raises(NoLogprobs):
         read_scores(found)
 
 
@@ -115,6 +116,42 @@ async def test_a_node_that_gives_none_refuses_by_name_and_keeps_its_good_record(
 
         assert (end.reason, end.error_code, end.fault) == ("error", "bad_request", "client")
         assert "logprobs" in end.error_message
+
+
+MALFORMED = [{"tokens": ["hi"], "token_logprobs": None}, {"content": [entry(logprob=None)]}, {"content": [5]}]
+
+
+@pytest.mark.parametrize("scores", MALFORMED)
+async def test_what_nobody_asked_for_is_not_read(bench: Bench, node: FakeNode, scores: Any) -> None:
+    node.turn(scores=scores)
+
+    result = await bench.run()
+
+    assert (result.text, result.end.reason) == (expected(), "length")
+
+
+@pytest.mark.parametrize("scores", MALFORMED)
+async def test_what_makes_no_sense_ends_the_job_as_if_there_were_none(
+    bench: Bench, node: FakeNode, scores: Any
+) -> None:
+    node.turn(scores=scores)
+
+    end = (await bench.run(logprobs=0)).end
+
+    assert (end.reason, end.error_code, end.fault) == ("error", "bad_request", "client")
+
+
+async def test_more_than_an_answer_may_have_is_not_kept(
+    bench: Bench, node: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a node could fill the relay's memory with an answer that is kept until its end."""
+    monkeypatch.setattr(speaker, "LOGPROBS_BYTES_MAX", 100)
+    node.turn(logprobs=True, delay_ms=10)
+
+    result = await bench.run(logprobs=1, stream=False)
+
+    assert sum(bool(piece.logprobs) for piece in result.pieces) > 1, "it went out before the end"
+    assert result.text == expected() == b"".join(token for _, token, _, _ in log_of(result))
 
 
 async def test_penalties_and_biases_reach_the_node(bench: Bench, node: FakeNode) -> None:
