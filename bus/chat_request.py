@@ -24,6 +24,8 @@ from bus.jobs import (
     LOGPROBS_MAX,
     MAX_TOKENS_LIMIT,
     PROMPT_BYTES_MAX,
+    REPETITION_PENALTY_MAX,
+    REPETITION_PENALTY_MIN,
     STOP_STRINGS_MAX,
     ChatJob,
     Message,
@@ -254,16 +256,11 @@ def _sampling(fields: Mapping[str, Any]) -> Sampling:
         min_p=_number(fields.get("min_p"), "min_p", 0.0, 1.0),
         presence_penalty=_number(fields.get("presence_penalty"), "presence_penalty", -2.0, 2.0) or None,
         frequency_penalty=_number(fields.get("frequency_penalty"), "frequency_penalty", -2.0, 2.0) or None,
-        repetition_penalty=_repetition_penalty(fields),
+        repetition_penalty=_number(
+            fields.get("repetition_penalty"), "repetition_penalty", REPETITION_PENALTY_MIN, REPETITION_PENALTY_MAX
+        ),
         logit_bias=_logit_bias(fields),
     )
-
-
-def _repetition_penalty(fields: Mapping[str, Any]) -> float | None:
-    penalty = _number(fields.get("repetition_penalty"), "repetition_penalty", 0.0, 2.0)
-    if penalty == 0.0:
-        raise BadRequest("repetition_penalty", "repetition_penalty must be above 0 and at most 2")
-    return penalty
 
 
 def _logit_bias(fields: Mapping[str, Any]) -> tuple[tuple[int, float], ...]:

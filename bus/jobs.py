@@ -10,6 +10,8 @@ from bus.ids import ModelName
 PROMPT_BYTES_MAX = 8 * 1024 * 1024
 STOP_STRINGS_MAX = 16
 MAX_TOKENS_LIMIT = 1_000_000
+REPETITION_PENALTY_MIN = 0.01  # logits are divided by it: still smaller ones leave float32
+REPETITION_PENALTY_MAX = 2.0
 LOGPROBS_MAX = 20  # likeliest tokens shown beside each token; OpenAI's limit
 
 
@@ -29,7 +31,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     min_p: float | None = None  # [0, 1]
     presence_penalty: float | None = None  # -2..2, like the next
     frequency_penalty: float | None = None
-    repetition_penalty: float | None = None  # (0, 2]; 1 changes nothing
+    repetition_penalty: float | None = None  # 0.01..2; 1 changes nothing
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, -100..100), each token once
 
 

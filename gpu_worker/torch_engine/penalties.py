@@ -5,6 +5,8 @@
     frequency_penalty    subtracted once for each time that the token stands in the answer so far
     presence_penalty     subtracted once if it does
 
+What comes out is finite wherever the model's own logit is: no request can make a sound model look broken.
+
 The answer so far is all of it, whoever computed it: a resumed sequence goes on with the same values.
 """
 
@@ -17,6 +19,8 @@ from torch import Tensor
 
 from gpu_worker.torch_engine.sequence import SamplingChoice
 from gpu_worker.torch_engine.transfer import send
+
+LOGIT_MAX = torch.finfo(torch.float32).max
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +77,8 @@ def adjust(logits: Tensor, adjustments: Adjustments, late_tokens: Tensor | None)
     seen.index_put_(adjustments.prompt_at, torch.ones((), dtype=torch.bool, device=logits.device))
     weakened = torch.where(changed > 0, changed / adjustments.repetition, changed * adjustments.repetition)
     changed = torch.where(seen, weakened, changed)
-    return changed - adjustments.frequency * counts - adjustments.presence * present
+    changed = changed - adjustments.frequency * counts - adjustments.presence * present
+    return changed.clamp_(-LOGIT_MAX, LOGIT_MAX)
 
 
 def _places(tokens: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from bus.jobs import LOGPROBS_MAX
 from gpu_worker.torch_engine.draws import uniform
 from gpu_worker.torch_engine.filters import Filters, pick
 from gpu_worker.torch_engine.logprob_trail import TokenScores
-from gpu_worker.torch_engine.penalties import Adjustments, adjust, plan_adjustments
+from gpu_worker.torch_engine.penalties import LOGIT_MAX, Adjustments, adjust, plan_adjustments
 from gpu_worker.torch_engine.sequence import SamplingChoice
 from gpu_worker.torch_engine.transfer import send
 
@@ -100,9 +100,11 @@ def sample_rows(logits: Tensor, plan: SamplerPlan, late_tokens: Tensor | None = 
     """logits: (rows, V) float32. late_tokens: (rows,) int64 on the device, for a row whose last token the host did not
     know when it planned; -1 for all others."""
     raw = logits
+    best, tokens = raw.max(-1)  # of the raw ones: only what the model itself made counts as not finite
     if plan.adjustments is not None:
-        logits = logits.index_copy(0, plan.adjustments.rows, adjust(logits, plan.adjustments, late_tokens))
-    best, tokens = logits.max(-1)
+        changed = adjust(logits, plan.adjustments, late_tokens)
+        tokens[plan.adjustments.rows] = changed.max(-1).indices
+        logits = logits.index_copy(0, plan.adjustments.rows, changed)
     if plan.drawn is not None:
         tokens[plan.drawn.rows] = _draw(logits[plan.drawn.rows], plan.drawn)
     tokens = torch.where(torch.isfinite(best), tokens, -1)
@@ -146,7 +148,8 @@ def _plan_draws(drawn: list[int], rows: list[SampleRow], device: torch.device) -
 
 def _draw(logits: Tensor, draws: Draws) -> Tensor:
     """One token a row. `log_softmax` adds up each row by itself, in the same order always."""
-    logprobs = torch.log_softmax(logits / draws.temperature, -1)
+    # The clamp changes only what the temperature took out of float32: two infinities would become NaN.
+    logprobs = torch.log_softmax((logits / draws.temperature).clamp_(-LOGIT_MAX, LOGIT_MAX), -1)
     if logits.is_cuda:  # looking whether the likeliest suffice would be a synchronisation
         values, order = logprobs.sort(dim=-1, descending=True, stable=True)
         return order.gather(1, pick(values.double().exp(), draws.filters, complete=True)[:, None]).squeeze(1)

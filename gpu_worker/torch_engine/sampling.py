@@ -3,8 +3,18 @@
 import dataclasses
 from typing import Any
 
-from bus.jobs import ChatJob
+from bus.jobs import REPETITION_PENALTY_MIN, ChatJob
+from gpu_worker.engine import EngineStartError
 from gpu_worker.torch_engine.sequence import SamplingChoice
+
+# What the sampler computes with in float32, wider than what a request may ask for.
+RANGES: dict[str, tuple[float, float]] = {
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "top_k": (-1, 2**31 - 1),  # -1, as vLLM has it, is 0 here: off
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (REPETITION_PENALTY_MIN, 100.0),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +45,20 @@ class SamplingDefaults:
 
 
 def parse_defaults(generation: dict[str, Any]) -> SamplingDefaults:
-    """generation: the fields of generation_config.json."""
-    names = [field.name for field in dataclasses.fields(SamplingDefaults)]
-    known = {name: generation[name] for name in names if generation.get(name) is not None}
-    return SamplingDefaults(**(known | ({"temperature": 0.0} if generation.get("do_sample") is False else {})))
+    """generation: the fields of generation_config.json. Raises EngineStartError naming the one that is out of range."""
+    known = {name: _in_range(name, generation[name]) for name in RANGES if generation.get(name) is not None}
+    if generation.get("do_sample") is False:
+        known["temperature"] = 0.0
+    if "top_k" in known:
+        known["top_k"] = max(0, int(known["top_k"]))
+    return SamplingDefaults(**known)
+
+
+def _in_range(name: str, value: Any) -> Any:
+    least, most = RANGES[name]
+    kinds = int if name == "top_k" else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
+        kind = "an integer" if name == "top_k" else "a number"
+        message = f"generation_config.json: {name} must be {kind} from {least:g} to {most:g}, not {value!r}"
+        raise EngineStartError(message)
+    return value

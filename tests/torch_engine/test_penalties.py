@@ -1,5 +1,6 @@
 """Penalties and logit_bias against their formulas, written out token by token."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
@@ -82,3 +83,31 @@ def test_nobody_who_asks_for_nothing_pays() -> None:
 @pytest.mark.parametrize("penalty", ["presence_penalty", "frequency_penalty"])
 def test_a_negative_penalty_is_an_encouragement(penalty: str) -> None:
     assert adjusted(choice(**{penalty: -2.0}), answer=[2])[2] == 2.5
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-5, 1.0])
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"repetition_penalty": 1e-300},
+        {"repetition_penalty": 1e-38},
+        {"repetition_penalty": 2.0, "frequency_penalty": -2.0, "presence_penalty": -2.0},
+        {"repetition_penalty": 0.01, "logit_bias": ((0, 100.0), (3, -100.0))},
+    ],
+)
+def test_no_parameter_makes_a_sound_row_look_broken(extreme: dict[str, object], temperature: float) -> None:
+    """A node whose logits are not finite is taken out of service; a request must not be able to bring that about."""
+    row = SampleRow(dataclasses.replace(choice(**extreme), temperature=temperature), 4, [1, 0, 3, 3, 0], 1)
+
+    for logits in (LOGITS, LOGITS * 1e38):
+        sampled = sample_rows(logits[None].clone(), plan_rows([row], CPU))
+        assert sampled.tokens.item() in range(5)
+
+
+@pytest.mark.parametrize("poison", [float("inf"), float("nan")])
+def test_a_broken_row_stays_broken_whatever_is_asked(poison: float) -> None:
+    row = SampleRow(choice(repetition_penalty=1.5, logit_bias=((2, -100.0),)), 1, [2], 0)
+    logits = LOGITS.clone()
+    logits[2] = poison
+
+    assert sample_rows(logits[None], plan_rows([row], CPU)).tokens.tolist() == [-1]
