@@ -214,7 +214,8 @@ class EngineCore:
             if answer.stream.stopped:
                 return "".join(texts), tuple(taken), _end(answer, "stop")
             if len(sequence.tokens) >= sequence.total_max:
-                return "".join([*texts, answer.stream.finish()]), tuple(taken), _end(answer, "length")
+                texts.append(answer.stream.finish())
+                return "".join(texts), tuple(taken), _end(answer, "stop" if answer.stream.stopped else "length")
         return "".join(texts), tuple(taken), None
 
     def _judge(self, work: Work, right: int) -> None:

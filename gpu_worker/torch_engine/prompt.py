@@ -6,6 +6,7 @@ half a character or half a stop string, is held back again.
 """
 
 import dataclasses
+from typing import Literal
 
 from gpu_worker.engine import End, GenerateRequest
 from gpu_worker.torch_engine.chat_template import TemplateError
@@ -142,7 +143,8 @@ def _end_of_prefix(answer: Answer) -> End | None:
     if len(sequence.tokens) >= sequence.total_max:
         if answer.carries_tokens:
             answer.ready_text += answer.stream.finish()
-        return End("length", prompt_tokens=sequence.prompt_len, new_tokens=sequence.answer_len)
+        reason: Literal["stop", "length"] = "stop" if answer.stream.stopped else "length"  # the tail may complete one
+        return End(reason, prompt_tokens=sequence.prompt_len, new_tokens=sequence.answer_len)
     return None
 
 

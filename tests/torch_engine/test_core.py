@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bus.jobs import Message
+from bus.jobs import Message, Sampling
 from gpu_worker.engine import End
 from gpu_worker.torch_engine.assembly import Assembled
 from gpu_worker.torch_engine.prompt import Answer, prepare
@@ -117,6 +117,23 @@ def test_logits_that_are_not_finite_are_the_nodes_error(kernels: str, tmp_path: 
 
     assert (end_of(outcomes["bad"]).error_code, end_of(outcomes["bad"]).fault) == ("node_error", "node")
     assert end_of(outcomes["good"]).reason == "length"
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_stop_string_that_only_the_last_tail_completes_is_a_stop(engine: Assembled, resumed: bool) -> None:
+    """At max_tokens half a character is left over. It becomes U+FFFD, and that may be what a stop string waits for."""
+    half = engine.text.encode("\u00e9", special=False)[0]
+    always = Sampling(temperature=0.0, logit_bias=((half, 100.0),))
+    forced = (half,) if resumed else ()
+
+    def ended(*stops: str) -> tuple[str, bytes]:
+        wanted = request("a", "hello", max_tokens=1, stop=stops, sampling=always, forced=forced)
+        outcome = run(engine, [wanted])["a"]
+        assert outcome.tokens == [half]
+        return end_of(outcome).reason, outcome.text
+
+    assert ended("\ufffd") == ("stop", b"")
+    assert ended("\ufffdx") == ("length", "\ufffd".encode())
 
 
 def test_a_forced_prefix_that_is_the_whole_answer_ends_at_once(engine: Assembled) -> None:
