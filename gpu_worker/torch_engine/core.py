@@ -214,8 +214,8 @@ class EngineCore:
             if answer.stream.stopped:
                 return "".join(texts), tuple(taken), _end(answer, "stop")
             if len(sequence.tokens) >= sequence.total_max:
-                texts.append(answer.stream.finish())
-                return "".join(texts), tuple(taken), _end(answer, "stop" if answer.stream.stopped else "length")
+                last, reason = answer.finish()
+                return "".join([*texts, last]), tuple(taken), _end(answer, reason)
         return "".join(texts), tuple(taken), None
 
     def _judge(self, work: Work, right: int) -> None:

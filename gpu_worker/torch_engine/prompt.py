@@ -39,6 +39,11 @@ class Answer:
         self.trail.let_out(text)
         return text
 
+    def finish(self) -> tuple[str, Literal["stop", "length"]]:
+        """At its last token: the text that was held back, and how it ended, since that text may complete a stop."""
+        text = self.stream.finish()
+        return text, "stop" if self.stream.stopped else "length"
+
     def take_logprobs(self) -> bytes:
         """The records (bus.codec.logprobs) of the tokens fed since the last time."""
         return b"" if self.trail is None else self.trail.take()
@@ -141,9 +146,10 @@ def _end_of_prefix(answer: Answer) -> End | None:
     if answer.stream.stopped:
         return End("stop", prompt_tokens=sequence.prompt_len, new_tokens=sequence.answer_len)
     if len(sequence.tokens) >= sequence.total_max:
+        reason: Literal["stop", "length"] = "length"
         if answer.carries_tokens:
-            answer.ready_text += answer.stream.finish()
-        reason: Literal["stop", "length"] = "stop" if answer.stream.stopped else "length"  # the tail may complete one
+            last, reason = answer.finish()
+            answer.ready_text += last
         return End(reason, prompt_tokens=sequence.prompt_len, new_tokens=sequence.answer_len)
     return None
 
