@@ -11,9 +11,8 @@ A record without candidates says that another engine went on with the text from 
 there or behind have no text.
 """
 
-import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
@@ -62,38 +61,40 @@ def _encode_candidate(one: Candidate) -> bytes:
 def decode_record(raw: bytes | bytearray | memoryview, start: int = 0) -> TokenLogprobs | None:
     """The record at `start` of bytes that `RecordIndex` took in; None for one without candidates."""
     _, at, count = _HEAD.unpack_from(raw, start)
-    found = tuple(candidate for candidate, _ in _candidates(raw, start + _HEAD.size, count))
-    return TokenLogprobs(at, found[0], found[1:]) if found else None
-
-
-def _candidates(raw: bytes | bytearray | memoryview, start: int, count: int) -> Iterator[tuple[Candidate, int]]:
-    """Each candidate, and where it ends. Raises ValueError, struct.error."""
+    found, begin = [], start + _HEAD.size
     for _ in range(count):
-        logprob, size = _CANDIDATE.unpack_from(raw, start)
-        begin = start + _CANDIDATE.size
-        start = begin + (size & ~SPECIAL)
-        if not (math.isfinite(logprob) and LEAST_LOGPROB <= logprob <= 0) or start - begin > TOKEN_BYTES_MAX:
-            raise ValueError("a candidate's figures are out of range")
-        if start > len(raw):
-            raise ValueError("a candidate is cut off")
-        yield Candidate(bytes(raw[begin:start]), logprob, bool(size & SPECIAL)), start
+        logprob, size = _CANDIDATE.unpack_from(raw, begin)
+        begin += _CANDIDATE.size
+        end = begin + (size & ~SPECIAL)
+        found.append(Candidate(bytes(raw[begin:end]), logprob, size >= SPECIAL))
+        begin = end
+    return TokenLogprobs(at, found[0], tuple(found[1:])) if found else None
 
 
 def record_places(raw: bytes | bytearray, start: int = 0) -> list[tuple[int, int]]:
-    """(at, end) of each record from byte `start` on. Raises ValueError for bytes that are not whole, valid records."""
+    """(at, end) of each record from byte `start` on. Raises ValueError for bytes that are not whole, valid records.
+
+    Makes no objects of them: an answer may have a million candidates, and whoever waits for it has other work."""
     places = []
+    unpack_candidate, candidate_size, size_bits = _CANDIDATE.unpack_from, _CANDIDATE.size, SPECIAL - 1
     while start < len(raw):
         try:
             size, at, count = _HEAD.unpack_from(raw, start)
-            if count > 1 + LOGPROBS_MAX:
-                raise ValueError("a record has too many candidates")
             end = start + _HEAD.size
-            for _, candidate_end in _candidates(raw, end, count):
-                end = candidate_end
+            for _ in range(count):
+                logprob, length = unpack_candidate(raw, end)
+                length &= size_bits
+                if not LEAST_LOGPROB <= logprob <= 0.0 or length > TOKEN_BYTES_MAX:  # also refuses what is no number
+                    raise ValueError("a candidate's figures are out of range")
+                end += candidate_size + length
         except struct.error as error:
             raise ValueError("a record is cut off") from error
+        if count > 1 + LOGPROBS_MAX:
+            raise ValueError("a record has too many candidates")
         if end != start + size:
             raise ValueError("a record's size is not that of its candidates")
+        if end > len(raw):
+            raise ValueError("a candidate is cut off")
         places.append((at, end))
         start = end
     return places
