@@ -1,12 +1,16 @@
 """/v1/jobs/{id}: look at a job, cancel it, or go on with its stream on any gateway."""
 
+import asyncio
 import time
 from typing import Final
 
 from aiohttp import web
+from orjson import Fragment
 
 from bus.api_keys import KeyRecord
 from bus.calls.caller import UnknownJob
+from bus.calls.handle import slices_of
+from bus.calls.logprob_log import LogprobLog
 from bus.cell import Cell
 from bus.codec.wire import Cancelling, Ended, JobRecord
 from bus.ids import JobId, parse_cell
@@ -14,6 +18,7 @@ from gateway.auth import require
 from gateway.chats import Course, account
 from gateway.errors import ApiError
 from gateway.jobs_wire import job_object
+from gateway.logprobs_wire import chat_fragment
 from gateway.openai_wire import Answer
 from gateway.responses import json_response
 from gateway.sse import parse_event_id
@@ -29,10 +34,18 @@ async def get_job(request: web.Request) -> web.Response:
     cell, record = await find_job(request, await require(request, "chat"))
     raw = await cell.text(record.job_id, record.fence)
     logprobs = await cell.logprobs(record.job_id, record.fence) if record.logprobs else None
+    fragment = None if logprobs is None else await _shown(logprobs, raw[: record.text_len])
+    return json_response(job_object(record, raw.decode("utf-8", "replace"), fragment))
+
+
+async def _shown(logprobs: bytes, text: bytes) -> Fragment | None:
+    """Stored log probabilities of a text; None where they are no records: a node wrote what it liked."""
+    log = LogprobLog()
     try:
-        return json_response(job_object(record, raw.decode("utf-8", "replace"), logprobs))
-    except ValueError:  # no records: a node wrote what it liked
-        return json_response(job_object(record, raw.decode("utf-8", "replace")))
+        await asyncio.to_thread(log.take, 0, logprobs)
+    except ValueError:
+        return None
+    return await chat_fragment(slices_of(log, text))
 
 
 async def cancel_job(request: web.Request) -> web.Response:

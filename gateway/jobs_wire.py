@@ -1,10 +1,10 @@
 """Jobs as JSON, and how their ends are told over HTTP. Pure."""
 
+from orjson import Fragment
+
 from bus.calls.following import Ended
-from bus.codec.logprobs import shown_records
 from bus.codec.wire import JobRecord
 from gateway.errors import ApiError, job_error
-from gateway.logprobs_wire import chat_logprobs
 from gateway.openai_wire import Usage
 
 
@@ -21,9 +21,9 @@ def usage_of(ended: Ended) -> Usage:
     return Usage(ended.prompt_tokens, ended.new_tokens)
 
 
-def job_object(record: JobRecord, text: str | None, logprobs: bytes | None = None) -> dict[str, object]:
-    """GET /v1/jobs/{id}. text: what is stored so far, None where it was not asked for or is gone. logprobs: the stored
-    records of that text, None where they are not asked for."""
+def job_object(record: JobRecord, text: str | None, logprobs: Fragment | None = None) -> dict[str, object]:
+    """GET /v1/jobs/{id}. text: what is stored so far, None where it was not asked for or is gone. logprobs: the JSON
+    of those of that text, None where they are not asked for."""
     error = None
     if record.state in ("failed", "cancelled"):
         error = {"code": record.error_code or record.state, "message": record.error_message or record.state}
@@ -38,7 +38,7 @@ def job_object(record: JobRecord, text: str | None, logprobs: bytes | None = Non
         "node": record.node or None,
         "text": text,
         "text_bytes": record.text_len,
-        "logprobs": None if logprobs is None else chat_logprobs(shown_records(logprobs, record.text_len)),
+        "logprobs": logprobs,
         "finish_reason": record.reason or None,
         "usage": Usage(record.prompt_tokens, record.new_tokens).to_json() if record.ended else None,
         "error": error,

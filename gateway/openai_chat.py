@@ -3,12 +3,15 @@
 import time
 
 from aiohttp import web
+from orjson import Fragment
 
+from bus.calls.handle import JobHandle
 from bus.chat_request import parse_chat, parse_completion
 from gateway.auth import limit_key, require
 from gateway.body import read_body
 from gateway.chats import Parser, chat, parse_with, sender_of
 from gateway.jobs_wire import ended_error, usage_of
+from gateway.logprobs_wire import chat_fragment, completion_fragment
 from gateway.openai_wire import Answer, Endpoint, completion, finish_reason
 from gateway.responses import json_response
 from gateway.state import GATEWAY
@@ -37,8 +40,15 @@ async def _answer(request: web.Request, endpoint: Endpoint, parser: Parser) -> w
         if (error := ended_error(course.ended)) is not None:
             raise error
         reason, usage = finish_reason(course.ended.reason), usage_of(course.ended)
-        body = completion(answer, raw_text, reason, usage, handle.logprobs())
+        body = completion(answer, raw_text, reason, usage, await _logprobs(endpoint, handle, raw_text))
         response = json_response(body)
         response.headers["X-Job-Id"] = handle.job_id
         response.headers["openai-processing-ms"] = str(int(course.seconds * 1000))
         return response
+
+
+async def _logprobs(endpoint: Endpoint, handle: JobHandle, text: bytes) -> Fragment | None:
+    if not handle.scored:
+        return None
+    slices = handle.logprob_slices()
+    return await (chat_fragment(slices) if endpoint == "chat" else completion_fragment(slices, text))

@@ -13,7 +13,7 @@ import orjson
 
 from bus.codec.logprobs import TokenLogprobs
 from bus.ids import JobId
-from gateway.logprobs_wire import chat_logprobs, completion_logprobs
+from gateway.logprobs_wire import TextPlaces, chat_logprobs, completion_logprobs
 
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 Endpoint = Literal["chat", "completions"]
@@ -81,9 +81,9 @@ class StreamShape:
         """Text from byte `start` of the answer on, with the log probabilities of its tokens."""
         shown = text.decode("utf-8", "replace")
         if self._answer.endpoint == "chat":
-            logprobs = chat_logprobs(records)
+            logprobs: object = chat_logprobs(records)
         else:
-            logprobs = completion_logprobs(records, text, start, self._chars)
+            logprobs = completion_logprobs(records, TextPlaces(text, start, self._chars))
         self._chars += len(shown)
         choice = self._choice({"content": shown}, shown, None)
         return orjson.dumps(self._chunk({**choice, "logprobs": logprobs}))
@@ -117,14 +117,15 @@ class StreamShape:
         }
 
 
-Records = Sequence[TokenLogprobs] | None  # None: log probabilities are not asked for
+# The log probabilities of a whole answer, or the JSON of them; None: they are not asked for.
+Records = Sequence[TokenLogprobs] | orjson.Fragment | None
 
 
 def chat_completion(
     answer: Answer, text: bytes, reason: FinishReason, usage: Usage, records: Records = None
 ) -> dict[str, object]:
     message = {"role": "assistant", "content": text.decode("utf-8", "replace"), "refusal": None}
-    logprobs = None if records is None else chat_logprobs(records)
+    logprobs = chat_logprobs(records) if isinstance(records, Sequence) else records
     choice = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": reason}
     return _whole(answer, "chat.completion", choice, usage)
 
@@ -132,7 +133,7 @@ def chat_completion(
 def text_completion(
     answer: Answer, text: bytes, reason: FinishReason, usage: Usage, records: Records = None
 ) -> dict[str, object]:
-    logprobs = None if records is None else completion_logprobs(records, text)
+    logprobs = completion_logprobs(records, TextPlaces(text)) if isinstance(records, Sequence) else records
     choice = {"index": 0, "text": text.decode("utf-8", "replace"), "logprobs": logprobs, "finish_reason": reason}
     return _whole(answer, "text_completion", choice, usage)
 

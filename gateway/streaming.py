@@ -122,10 +122,11 @@ async def _pump(
             if not isinstance(event, TextDelta):
                 await _write(response, piece)
                 return
-            event = handle.ready()  # the end is often there already: it goes out in the same write
+            # The end is often there already: it goes out in the same write.
+            event = None if handle.bounded else handle.ready()
             course.note(event)
         await _write(response, piece or sse.PING)
-        event = handle.ready()
+        event = None if handle.bounded else handle.ready()
         if isinstance(event, TextDelta) and len(event.text) > lag_max:
             raise TooSlow
         event = event or await handle.next(ping_s)

@@ -11,9 +11,12 @@ import msgspec
 
 from bus.calls.call import Call
 from bus.calls.following import Ended
+from bus.calls.logprob_log import LogprobLog
 from bus.codec.logprobs import TokenLogprobs
 from bus.codec.wire import Policy
 from bus.ids import JobId
+
+SLICE_RECORDS = 64  # log probabilities that are read without a pause: with 20 likeliest ones each, a few milliseconds
 
 
 class TextDelta(msgspec.Struct, frozen=True):
@@ -53,6 +56,7 @@ class JobHandle:
         self._call = call
         self._position = position
         self._record, self._generation = 0, 0  # where we are in the log of log probabilities
+        self.bounded = False  # the last piece had as many log probabilities as one may have: `next` pauses before more
         self._waiter: asyncio.Future[None] | None = None
         self._closed = False
         self.existing = existing  # the job was there before this call: same id or idempotency key
@@ -84,8 +88,10 @@ class JobHandle:
         following = call.following
         if len(following.text) > self._position and (following.streamed or following.ended is not None):
             start = align(following.text, self._position)
-            self._position = len(following.text)
-            return TextDelta(start, bytes(following.text[start:]), self._logprobs(start, self._position))
+            self._position = self._bound(start, len(following.text))
+            return TextDelta(
+                start, bytes(following.text[start : self._position]), self._logprobs(start, self._position)
+            )
         if following.ended is not None:
             return Finished(following.ended, len(following.text))
         return Detached(call.taken_by) if call.taken_by else None
@@ -95,6 +101,8 @@ class JobHandle:
 
         It may be cancelled or time out at any moment and called again: nothing is lost.
         """
+        if self.bounded:
+            await asyncio.sleep(0)
         event = self.ready()
         if event is not None or timeout_s == 0:
             return event
@@ -131,6 +139,27 @@ class JobHandle:
         """Of the whole answer so far; None: the job does not ask for them."""
         following = self._call.following
         return None if following.logprobs is None else following.logprobs.read(0, 0, len(following.text))[0]
+
+    @property
+    def scored(self) -> bool:
+        """The job asks for log probabilities."""
+        return self._call.following.logprobs is not None
+
+    async def logprob_slices(self) -> AsyncIterator[tuple[TokenLogprobs, ...]]:
+        """As `logprobs`, of an answer that has ended, in parts: others' work goes on between them."""
+        following = self._call.following
+        if following.logprobs is not None:
+            async for found in slices_of(following.logprobs, bytes(following.text)):
+                yield found
+
+    def _bound(self, start: int, end: int) -> int:
+        """Where a piece of text ends: whole characters, and no more log probabilities than are made at one go."""
+        following = self._call.following
+        self.bounded = False
+        if following.logprobs is not None:
+            bound = align(following.text, following.logprobs.bound(start, end, SLICE_RECORDS))
+            self.bounded = start < bound < end
+        return bound if self.bounded else end
 
     def _logprobs(self, start: int, end: int) -> tuple[TokenLogprobs, ...] | None:
         log = self._call.following.logprobs
@@ -174,3 +203,15 @@ def align(text: bytes | bytearray, position: int) -> int:
     while 0 < position < len(text) and text[position] & 0xC0 == 0x80:
         position -= 1
     return position
+
+
+async def slices_of(log: LogprobLog, text: bytes) -> AsyncIterator[tuple[TokenLogprobs, ...]]:
+    """All log probabilities of an answer, in parts: others' work goes on between them."""
+    index, start = 0, 0
+    while start < len(text):
+        bound = log.bound(start, len(text), SLICE_RECORDS)
+        end = bound if bound > start else len(text)
+        found, index = log.read(index, start, end)
+        yield found
+        await asyncio.sleep(0)
+        start = end

@@ -5,6 +5,7 @@ the records that begin in the bytes of text he takes, so nothing of them needs a
 """
 
 from array import array
+from bisect import bisect_left
 
 from bus.codec.logprobs import ANSWER_BYTES_MAX, TokenLogprobs, decode_record, is_restart, record_heads, record_places
 
@@ -55,6 +56,11 @@ class LogprobLog:
         self._list(base, places)
         self._target = max(self._target, len(self.raw))
         return True
+
+    def bound(self, start: int, end: int, records: int) -> int:
+        """Where to stop between start and end of the text so that only about so many records begin before it."""
+        last = bisect_left(self._ats, start) + records
+        return min(end, self._ats[last]) if last < len(self._ats) else end
 
     def read(self, index: int, start: int, end: int) -> tuple[tuple[TokenLogprobs, ...], int]:
         """Records from number `index` on that begin in bytes start..end of the text, and the number to go on from."""

@@ -5,6 +5,7 @@ import random
 import pytest
 from msgspec.structs import replace
 
+from bus.calls import handle as handle_module
 from bus.calls import logprob_log
 from bus.calls.caller import Caller, CallOptions
 from bus.calls.following import Ended, Following, Records
@@ -319,6 +320,23 @@ async def test_who_waits_for_the_whole_gets_all(caller: Caller, stage: Stage) ->
 
     assert text == TEXT
     assert list(handle.logprobs() or ()) == TOKENS
+
+
+async def test_a_long_answer_comes_in_pieces_between_which_others_go_on(
+    caller: Caller, other: Caller, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handle_module, "SLICE_RECORDS", 2)
+    first = await caller.submit(asking_chat(), KEEP)
+    work = await stage.give(first.job_id)
+    await say(stage, work, 0, 6, end=True)
+    await text_of(first)
+
+    late = await other.attach(first.job_id, 3)
+    pieces = [event async for event in late if isinstance(event, TextDelta)]
+
+    assert [words(one.logprobs) for one in pieces] == [WORDS[1:3], WORDS[3:5], WORDS[5:]]
+    assert b"".join(one.text for one in pieces) == TEXT[3:]
+    assert [list(found) async for found in late.logprob_slices()] == [TOKENS[:2], TOKENS[2:4], TOKENS[4:]]
 
 
 @pytest.mark.parametrize("offset", [0, 3, 5, len(TEXT)])

@@ -1,5 +1,7 @@
 """The shapes that OpenAI clients parse; each test is a detail that broke some client in the field."""
 
+import itertools
+from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from bus.codec.logprobs import Candidate, TokenLogprobs
 from bus.ids import JobId
+from gateway.logprobs_wire import chat_fragment, completion_fragment
 from gateway.openai_wire import Answer, StreamShape, Usage, chat_completion, finish_reason, model_list, text_completion
 
 CHAT = Answer("chat", JobId("c0-1"), "smol", 1_700_000_000)
@@ -104,6 +107,20 @@ def test_a_completions_are_four_lists_with_offsets_in_characters() -> None:
         "top_logprobs": [{"a": -1.0}, {"\\xe2\\x82": -0.5, "<|end|>": -2.0}, {"\\xacb": -0.25}],
         "text_offset": [0, 1, 1],
     }
+
+
+@pytest.mark.parametrize("cuts", [(), (0,), (1,), (1, 2), (0, 2, 3)])
+async def test_log_probabilities_made_in_parts_are_the_same(cuts: tuple[int, ...]) -> None:
+    async def slices() -> AsyncIterator[list[TokenLogprobs]]:
+        for begin, end in itertools.pairwise((0, *cuts, len(SCORED))):
+            yield SCORED[begin:end]
+
+    usage = Usage(5, 3)
+    chat = chat_completion(CHAT, EURO, "stop", usage, await chat_fragment(slices()))
+    text = text_completion(TEXT, EURO, "stop", usage, await completion_fragment(slices(), EURO))
+
+    assert orjson.dumps(chat) == orjson.dumps(chat_completion(CHAT, EURO, "stop", usage, SCORED))
+    assert orjson.dumps(text) == orjson.dumps(text_completion(TEXT, EURO, "stop", usage, SCORED))
 
 
 @pytest.mark.parametrize("answer", [CHAT, TEXT])
