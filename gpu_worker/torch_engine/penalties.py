@@ -12,12 +12,13 @@ The answer so far is all of it, whoever computed it: a resumed sequence goes on 
 
 import dataclasses
 from collections.abc import Sequence
-from itertools import chain
 
+import numpy
 import torch
 from torch import Tensor
 
 from gpu_worker.torch_engine.sequence import SamplingChoice
+from gpu_worker.torch_engine.token_history import Floats, Ints, TokenHistory
 from gpu_worker.torch_engine.transfer import send
 
 LOGIT_MAX = torch.finfo(torch.float32).max
@@ -30,7 +31,8 @@ class Adjustments:
     rows: Tensor  # (n,) in the step's rows
     bias_at: tuple[Tensor, Tensor]
     bias: Tensor
-    answer_at: tuple[Tensor, Tensor]  # once for each token of the answers so far
+    answer_at: tuple[Tensor, Tensor]  # tokens of the answers so far, drafts included
+    answer_counts: Tensor  # float32, how often each; what stands twice in `answer_at` is added up
     prompt_at: tuple[Tensor, Tensor]  # only of rows with a repetition penalty
     repetition: Tensor  # (n, 1) float32, like the next two
     frequency: Tensor
@@ -38,24 +40,27 @@ class Adjustments:
 
 
 def plan_adjustments(
-    wanted: Sequence[tuple[int, SamplingChoice, Sequence[int], int]], device: torch.device
+    wanted: Sequence[tuple[int, SamplingChoice, TokenHistory | None, tuple[int, ...]]], device: torch.device
 ) -> Adjustments | None:
-    """wanted: (row, choice, prompt and answer tokens, length of the prompt) of each row. None: nobody asks for any."""
-    asked = [one for one in wanted if one[1].adjusted]
+    """wanted: (row, choice, history, drafts behind it) of each row. None: nobody asks for any."""
+    asked = [
+        (row, choice, history, drafts if choice.penalised else ())
+        for row, choice, history, drafts in wanted
+        if choice.adjusted and history is not None
+    ]
     if not asked:
         return None
-    choices = [choice for _, choice, _, _ in asked]
-    repeats = [choice.repetition_penalty != 1.0 for choice in choices]
-    biases = [choice.logit_bias for choice in choices]
+    choices, histories = [choice for _, choice, _, _ in asked], [history for _, _, history, _ in asked]
+    guessed = [numpy.array(drafts, dtype=numpy.int64) for _, _, _, drafts in asked]
+    answers = [numpy.concatenate(pair) for pair in zip((one.tokens for one in histories), guessed, strict=True)]
+    counts = [part for one, more in zip(histories, guessed, strict=True) for part in (one.counts, _ones(more))]
     return Adjustments(
         rows=send(torch.tensor([row for row, _, _, _ in asked]), device),
-        bias_at=_places([[token for token, _ in bias] for bias in biases], device),
-        bias=send(torch.tensor([value for bias in biases for _, value in bias], dtype=torch.float32), device),
-        answer_at=_places([tokens[start:] if choice.penalised else () for _, choice, tokens, start in asked], device),
-        prompt_at=_places(
-            [tokens[:start] if repeat else () for repeat, (_, _, tokens, start) in zip(repeats, asked, strict=True)],
-            device,
-        ),
+        bias_at=_places([one.bias_tokens for one in histories], device),
+        bias=send(torch.from_numpy(numpy.concatenate([one.bias for one in histories])), device),
+        answer_at=_places(answers, device),
+        answer_counts=send(torch.from_numpy(numpy.concatenate(counts)), device),
+        prompt_at=_places([one.prompt for one in histories], device),
         repetition=_column([choice.repetition_penalty for choice in choices], device),
         frequency=_column([choice.frequency_penalty for choice in choices], device),
         presence=_column([choice.presence_penalty for choice in choices], device),
@@ -68,7 +73,7 @@ def adjust(logits: Tensor, adjustments: Adjustments, late_tokens: Tensor | None)
     changed = logits[adjustments.rows]
     changed.index_put_(adjustments.bias_at, adjustments.bias, accumulate=True)
     counts = torch.zeros_like(changed)
-    counts.index_put_(adjustments.answer_at, torch.ones((), device=logits.device), accumulate=True)
+    counts.index_put_(adjustments.answer_at, adjustments.answer_counts, accumulate=True)
     if late_tokens is not None:
         late = late_tokens[adjustments.rows, None]
         counts.scatter_add_(1, late.clamp(min=0), (late >= 0).to(counts.dtype))
@@ -81,9 +86,14 @@ def adjust(logits: Tensor, adjustments: Adjustments, late_tokens: Tensor | None)
     return changed.clamp_(-LOGIT_MAX, LOGIT_MAX)
 
 
-def _places(tokens: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    rows = torch.tensor([row for row, ones in enumerate(tokens) for _ in ones], dtype=torch.int64)
-    return send(rows, device), send(torch.tensor(list(chain.from_iterable(tokens)), dtype=torch.int64), device)
+def _places(tokens: Sequence[Ints], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Copies: what is on its way to the device stays as it is while the histories grow."""
+    rows = numpy.repeat(numpy.arange(len(tokens)), [len(ones) for ones in tokens])
+    return send(torch.from_numpy(rows), device), send(torch.from_numpy(numpy.concatenate(tokens)), device)
+
+
+def _ones(tokens: Ints) -> Floats:
+    return numpy.ones(len(tokens), dtype=numpy.float32)
 
 
 def _column(values: list[float], device: torch.device) -> Tensor:

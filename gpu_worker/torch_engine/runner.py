@@ -122,7 +122,7 @@ def _rows_to_sample(batch: Batch) -> list[SampleRow]:
     rows = []
     for work in batch.work:
         sequence = work.sequence
+        history = sequence.history() if work.sampled else None
         for n in range(work.sampled):
-            tokens = [*sequence.tokens, *work.drafts[:n]] if n and sequence.sampling.penalised else sequence.tokens
-            rows.append(SampleRow(sequence.sampling, work.position + n, tokens, sequence.prompt_len))
+            rows.append(SampleRow(sequence.sampling, work.position + n, history, work.drafts[:n]))
     return rows

@@ -27,6 +27,7 @@ from gpu_worker.torch_engine.filters import Filters, pick
 from gpu_worker.torch_engine.logprob_trail import TokenScores
 from gpu_worker.torch_engine.penalties import LOGIT_MAX, Adjustments, adjust, plan_adjustments
 from gpu_worker.torch_engine.sequence import SamplingChoice
+from gpu_worker.torch_engine.token_history import TokenHistory
 from gpu_worker.torch_engine.transfer import send
 
 CANDIDATES = 256  # most draws end among the likeliest few; a row that needs more is sorted whole, ten times the work
@@ -39,8 +40,8 @@ class SampleRow:
 
     choice: SamplingChoice
     position: int  # answer tokens before the one to draw
-    tokens: Sequence[int] = ()  # prompt and answer before it; read only for penalties
-    prompt_len: int = 0
+    history: TokenHistory | None = None  # of its sequence; only if its logits are adjusted
+    drafts: tuple[int, ...] = ()  # tokens before it that the history does not hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,7 @@ def plan_rows(rows: Sequence[SampleRow], device: torch.device) -> SamplerPlan:
     drawn = [n for n, row in enumerate(rows) if row.choice.temperature >= GREEDY_BELOW]
     scored = tuple(n for n, row in enumerate(rows) if row.choice.logprobs is not None)
     return SamplerPlan(
-        adjustments=plan_adjustments([(n, r.choice, r.tokens, r.prompt_len) for n, r in enumerate(rows)], device),
+        adjustments=plan_adjustments([(n, r.choice, r.history, r.drafts) for n, r in enumerate(rows)], device),
         drawn=_plan_draws(drawn, [rows[n] for n in drawn], device) if drawn else None,
         scored=send(torch.tensor(scored), device) if scored else None,
         scored_rows=scored,

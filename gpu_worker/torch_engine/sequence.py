@@ -19,6 +19,7 @@ import dataclasses
 import enum
 
 from gpu_worker.torch_engine.speculation import Guesser
+from gpu_worker.torch_engine.token_history import TokenHistory
 
 
 class State(enum.Enum):
@@ -73,6 +74,7 @@ class Sequence:
     preemptions: int = 0
     reused_tokens: int = 0  # prompt tokens found in the prefix cache at the last admission
     guesser: Guesser | None = None  # None: its steps carry no drafts
+    counted: TokenHistory | None = None  # what `history` made, once it was asked for
 
     @property
     def pending(self) -> int:
@@ -82,6 +84,18 @@ class Sequence:
     def complete(self) -> bool:
         """All tokens that it may have are there or unread: no further step is of use."""
         return len(self.tokens) + self.unread >= self.total_max
+
+    def history(self) -> TokenHistory | None:
+        """Of the tokens as they are now. None: its sampling looks at none."""
+        choice = self.sampling
+        if not choice.adjusted:
+            return None
+        if self.counted is None:
+            prompt = self.tokens[: self.prompt_len] if choice.repetition_penalty != 1.0 else ()
+            self.counted = TokenHistory(prompt, choice.logit_bias)
+        if choice.penalised:
+            self.counted.follow(self.tokens, self.prompt_len)
+        return self.counted
 
     @property
     def answer_len(self) -> int:
