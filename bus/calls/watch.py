@@ -307,7 +307,8 @@ class CallWatch:
         shown = bytes(following.text) if following.streamed else b""
         floor = attempt_of(Fence(following.fence)) if following.fence else 0
         if shown and following.logprobs is not None:
-            await cell.keep_logprobs(call.job_id, make_fence(floor, "r"), bytes(following.logprobs.raw))
+            raw = bytes(following.logprobs.raw)
+            await cell.keep_logprobs(call.job_id, make_fence(floor, "r"), raw, call.deadline_ms)
         again = msgspec.structs.replace(
             submission,
             job=msgspec.structs.replace(submission.job, stream=following.streamed),

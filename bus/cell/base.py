@@ -82,7 +82,7 @@ class CellBase:
         )
 
     def _change_keys(self, job_id: JobId, place: JobPlace) -> list[str]:
-        """KEYS 1..21 of `_change.lua`."""
+        """KEYS 1..22 of `_change.lua`."""
         keys = self.keys
         own = keys.job(job_id)
         out, gateway_jobs, usage, quota = self._route_keys(job_id, place.route)
@@ -98,7 +98,7 @@ class CellBase:
             *(keys.text(job_id, place.fence), keys.tokens(job_id, place.fence), keys.deadlines, keys.late),
             *(keys.queue(place.queue), keys.queue(again), keys.queues, keys.wake),
             *of_node,
-            *(keys.dead, keys.events),
+            *(keys.dead, keys.events, keys.logprobs(job_id, place.fence)),
         ]
 
     async def _change(

@@ -95,9 +95,11 @@ class FollowCalls(CellBase):
     async def logprobs_len(self, job_id: JobId, fence: Fence) -> int:
         return int(await self.link.send("STRLEN", self.keys.logprobs(job_id, fence)))
 
-    async def keep_logprobs(self, job_id: JobId, fence: Fence, raw: bytes) -> None:
-        """Before a job is driven again under `fence`, a key that nobody else writes: the records of its shown text."""
-        await self.link.send("SET", self.keys.logprobs(job_id, fence), raw, "PX", self.settings.job_keep_ms)
+    async def keep_logprobs(self, job_id: JobId, fence: Fence, raw: bytes, deadline_ms: int) -> None:
+        """Before a job is driven again under `fence`, a key that nobody else writes: the records of its shown text, for
+        as long as that. deadline_ms: by the server's clock."""
+        until = deadline_ms + self.settings.job_keep_ms
+        await self.link.send("SET", self.keys.logprobs(job_id, fence), raw, "PXAT", until)
 
     async def payload(self, job_id: JobId) -> bytes | None:
         """msgpack of the ChatJob (bus.jobs.decode_job); None once the job has ended or is gone."""

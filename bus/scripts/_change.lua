@@ -3,7 +3,7 @@
 -- The caller has read fence, route and place from the job; when they have changed since, `moved`: read again.
 local job_key, out_key, set_key, usage_key, quota_key, payload_key, text_key, tokens_key, deadlines_key, late_key,
   queue_key, again_key, queues_key, wake_key, node_key, running_key, load_key, jobs_key, control_key, dead_key,
-  events_key = unpack(KEYS, 1, 21)
+  events_key, logprobs_key = unpack(KEYS, 1, 22)
 local job_id, fence, route, place, prefix = unpack(ARGV, 1, 5)
 local out_ttl, result_ttl, text_max, dead_keep, node_keep = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8]),
   tonumber(ARGV[9]), tonumber(ARGV[10])
@@ -19,6 +19,7 @@ end
 local flags
 job.model, flags, job.policy, job.seed, job.created, job.deadline, job.est_prompt, job.est_new = string.match(job.spec, SPEC)
 local streams, remembered = find(flags or '', 's', 1, true), find(flags or '', 'i', 1, true)
+local scored = find(flags or '', 'l', 1, true)
 local node, node_entry, queue_entry = '', '', ''
 node, job.owner, node_entry = string.match(job.place, ON_NODE)
 node = node or ''
@@ -80,6 +81,9 @@ local function end_job(state, reason, code, message)
   local text_len = call('STRLEN', text_key)
   if text_len > 0 then
     call('PEXPIRE', text_key, ttl)
+  end
+  if scored then
+    call('PEXPIRE', logprobs_key, ttl)
   end
   call('HSET', job_key, 'state', state, 'payload', '', 'result', concat({reason, 0, new_tokens, now, node}, ' '),
     'error_code', code, 'error_message', message)

@@ -213,10 +213,13 @@ local function copy_progress(p, resume)
   if text_len > 0 then
     call('COPY', p.old_text, p.text, 'REPLACE')
     call('PEXPIRE', p.old_text, 60000)
+  end
+  if p.scored then
     -- Without text the attempt begins anew, and so do its log probabilities.
-    if p.scored and call('COPY', p.old_logprobs, p.logprobs, 'REPLACE') == 1 then
-      call('PEXPIRE', p.old_logprobs, 60000)
+    if text_len > 0 then
+      call('COPY', p.old_logprobs, p.logprobs, 'REPLACE')
     end
+    call('PEXPIRE', p.old_logprobs, 60000)
   end
   if token_len > 0 then
     if filled(resume) and resume == p.node.resume then

@@ -1,5 +1,6 @@
 """Log probabilities beside text and tokens: the same calls and fences, no holes; others have no field more."""
 
+import pytest
 from msgspec.structs import replace
 
 from bus.codec.entries import Frame
@@ -152,3 +153,46 @@ async def test_they_expire_with_the_text(world: World):
 
     assert running > world.cell.settings.job_keep_ms
     assert 0 < ended <= world.cell.settings.result_ttl_ms
+
+
+@pytest.mark.parametrize("why", ["cancel", "crashes"])
+async def test_they_expire_with_the_text_whoever_ends_the_job(world: World, why: str):
+    """They may have many times the bytes of the text."""
+    await world.node()
+    one = await world.start(job=asking())
+    await flush(world, one, b"abc", 0, ONE, 0)
+    if why == "cancel":
+        await world.cell.requeue(one.job_id, one.fence, "drain")
+        await world.cell.cancel(one.job_id, "test")
+    else:
+        await world.cell.cancel(one.job_id, "test")
+        await world.cell.requeue(one.job_id, one.fence, "crash")
+
+    record = await world.cell.job(one.job_id)
+    assert record is not None and record.state == "cancelled"
+    keys = world.cell.keys
+    text, log = [
+        await world.link.send("PTTL", key)
+        for key in (keys.text(one.job_id, one.fence), keys.logprobs(one.job_id, one.fence))
+    ]
+    assert 0 < text <= world.cell.settings.result_ttl_ms
+    assert 0 < log <= world.cell.settings.result_ttl_ms
+
+
+async def test_those_of_a_dead_attempt_without_text_do_not_stay(world: World):
+    await world.node()
+    one = await world.start(job=asking())
+    await flush(world, one, b"", 0, ONE, 0)
+    await world.cell.requeue(one.job_id, one.fence, "drain")
+    await world.dispatch("n1")
+
+    assert 0 < await world.link.send("PTTL", world.cell.keys.logprobs(one.job_id, one.fence)) <= 60_000
+
+
+async def test_those_of_a_job_that_is_driven_again_stay_as_long_as_its_text(world: World):
+    now, later = await world.cell._now(), 500_000
+
+    await world.cell.keep_logprobs(JobId("c0-again"), Fence("1.r"), ONE, now + later)
+
+    left = await world.link.send("PTTL", world.cell.keys.logprobs(JobId("c0-again"), Fence("1.r")))
+    assert world.cell.settings.job_keep_ms + later - 10_000 < left <= world.cell.settings.job_keep_ms + later
