@@ -183,22 +183,22 @@ class NodeService:
             self._lease.nudge()
 
     async def _fetch_and_begin(self, assignment: Assignment, now_s: float) -> None:
-        """Get what did not fit in the entry: a long payload, the progress of earlier attempts."""
+        """Get a long payload, and the progress of earlier attempts: all of it, or without text none of its tokens."""
         job_id, fence, cell = assignment.job_id, assignment.fence, self._cell
+        known = assignment.token_len if assignment.text_len else 0
         try:
             payload = assignment.payload or await cell.payload(job_id)
             text = await cell.text(job_id, fence) if assignment.text_len else b""
-            tokens = await cell.tokens(job_id, fence) if assignment.token_len else ()
+            tokens = await cell.tokens(job_id, fence) if known else ()
             stored = await cell.logprobs_len(job_id, fence) if assignment.logprobs and assignment.text_len else 0
         except LinkError as error:
             log.warning("job not fetched", extra={"job": job_id, "error": str(error)})
             return  # it stays pending: read again after the reconnect, or reclaimed as unread
-        if payload is None or len(text) < assignment.text_len or len(tokens) < assignment.token_len:
+        if payload is None or len(text) < assignment.text_len or len(tokens) < known:
             log.info("job has ended meanwhile", extra={"job": job_id, "fence": fence})
             await self._put_away(assignment.entry_id, f"{job_id} has no such payload or progress")
             return
-        text, tokens = text[: assignment.text_len], tokens[: assignment.token_len]
-        await self._begin(assignment, payload, text, tokens, now_s, stored)
+        await self._begin(assignment, payload, text[: assignment.text_len], tokens[:known], now_s, stored)
 
     async def _begin(
         self,

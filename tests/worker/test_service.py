@@ -4,9 +4,12 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from unittest.mock import AsyncMock
 
 import pytest
 
+from bus.cell import Cell
+from bus.codec.entries import parse_assignment
 from bus.codec.wire import Superseded
 from bus.ids import ModelName, NodeId
 from bus.jobs import ChatJob, Message, encode_job
@@ -14,6 +17,7 @@ from bus.process.child import ParentLine
 from bus.process.exits import leaves
 from bus.settings import Settings
 from gpu_worker.publisher import EngineFault
+from gpu_worker.service import NodeService
 from gpu_worker.worker import run
 from tests.conftest import wait_until
 from tests.harness.servers import ValkeyServer
@@ -132,6 +136,35 @@ async def test_a_foreign_entry_is_put_away_with_its_reason_and_hurts_nobody(hous
         await wait_until(lambda: dead_letters(house, 2))
         assert await house.cell.link.send("XLEN", key) == 0
         assert (await house.cell.link.send("XPENDING", key, "workers"))[0] == 0
+
+
+@pytest.mark.parametrize(("text", "tokens"), [(b"", ()), (b"abc", (5, 6))])
+async def test_tokens_without_text_are_said_again(
+    monkeypatch: pytest.MonkeyPatch, text: bytes, tokens: tuple[int, ...]
+):
+    """Half a character, or what may become a stop string: their log probabilities have not come along."""
+    cell = AsyncMock(Cell)
+    cell.payload.return_value, cell.text.return_value = b"a long one", text
+    cell.tokens.return_value, cell.logprobs_len.return_value = (5, 6), 40
+    begin = AsyncMock()
+    monkeypatch.setattr(NodeService, "_begin", begin)
+    service = object.__new__(NodeService)
+    service._cell = cell
+    fields = {
+        "job": "c0-a",
+        "fence": "2.a",
+        "owner": "w.1",
+        "route": "gateway:g g x y",
+        "payload": "",
+        "spec": "m l keep 1 1 9999999999999 1 1",
+        "text_len": str(len(text)),
+        "token_len": "2",
+    }
+    assignment = parse_assignment("1-1", {name: value.encode() for name, value in fields.items()})
+
+    await service._fetch_and_begin(assignment, 0.0)
+
+    begin.assert_awaited_once_with(assignment, b"a long one", text, tokens, 0.0, 40 if text else 0)
 
 
 @pytest.mark.parametrize("odd", [{}, {"owner": "other.1"}, {"payload": b""}, {"text_len": "5"}, {"text_len": "-7"}])
