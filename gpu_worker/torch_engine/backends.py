@@ -44,7 +44,7 @@ def choose_backend(
             return paged_backend(shape, found, capacity=config.capacity, device=device, dtype=dtype)
         log.warning("paged attention cannot be used, the slower tiles are", extra={"reason": found})
     elif config.kernels != "torch":
-        reason = why_not_compiled(shape, dtype)
+        reason = why_not_compiled(shape, dtype) or why_not_compiling()
         if reason is None:
             return compiled_backend(shape, threads=threads)
         if config.kernels == "compiled":
@@ -62,9 +62,17 @@ def why_not_compiled(shape: ModelConfig, dtype: torch.dtype) -> str | None:
     return None if supports(shape) else "the model's widths are no multiples of 32"
 
 
+def why_not_compiling() -> str | None:
+    """Compiles, before any weight is read. None: it worked."""
+    try:
+        compile_now(log.info)
+    except Exception as error:  # noqa: BLE001 - a compiler may fail in any way; a model runs without it
+        return f"they cannot be compiled: {error!r}"
+    return None
+
+
 def compiled_backend(shape: ModelConfig, *, threads: int) -> Backend[Any]:
     def build(weights: ModelWeights[PackedWeight], blocks: int, context: int) -> Model:
-        compile_now(log.info)
         torch.set_num_threads(1)  # what is left to torch is small: its own threads would only wait for each other
         return CompiledDecoder(shape, weights, blocks=blocks, context=context, threads=threads)
 

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from pathlib import Path
 
 import numpy
 import pytest
@@ -12,7 +13,7 @@ from gpu_worker.torch_engine.kernels.functions import exponential, silu
 from gpu_worker.torch_engine.kernels.operations import product_operations
 from gpu_worker.torch_engine.kernels.products import ADD, GATED, KEEP
 from gpu_worker.torch_engine.kernels.program import OPERATION, STEP, Team, address, aligned
-from gpu_worker.torch_engine.kernels.ready import has_fused_multiply_add, host_features
+from gpu_worker.torch_engine.kernels.ready import has_fused_multiply_add, host_features, with_fresh_cache
 from gpu_worker.torch_engine.kernels.vectors import compiled, load, store
 from gpu_worker.torch_engine.kernels.weights import FORM_NAMES, PackedWeight, pack
 from gpu_worker.torch_engine.quantized import Quantized, Weight
@@ -188,3 +189,28 @@ def test_a_cpu_without_fused_multiply_add_is_known():
     assert not has_fused_multiply_add("x86_64", {"sse2": True})
     assert has_fused_multiply_add("aarch64", {}) and not has_fused_multiply_add("riscv64", {})
     assert "sse2" in host_features() or "neon" in host_features()
+
+
+def test_damaged_kept_code_is_compiled_anew_once(tmp_path: Path):
+    kept = tmp_path / "room" / "program.work_through.nbi"
+    kept.parent.mkdir()
+    kept.write_bytes(b"cut")
+
+    def compile_all() -> None:
+        if kept.exists():
+            raise EOFError("Ran out of input")
+
+    with_fresh_cache(compile_all, tmp_path)
+    assert not kept.exists()
+
+
+def test_a_compiler_that_fails_twice_is_not_tried_forever(tmp_path: Path):
+    calls = []
+
+    def compile_all() -> None:
+        calls.append(1)
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        with_fresh_cache(compile_all, tmp_path)
+    assert len(calls) == 2

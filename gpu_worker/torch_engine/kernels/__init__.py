@@ -14,8 +14,10 @@ Compiling takes about half a minute, once: `python -m gpu_worker.torch_engine.ke
 The code is kept in a directory named by a digest of this room, since Numba itself notices changes of one file only.
 """
 
+import atexit
 import hashlib
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -29,12 +31,20 @@ def cache_directory() -> Path:
     digest = hashlib.sha256(numba.__version__.encode())
     for name in COMPILED:
         digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
-    directory = Path.home() / ".cache" / "millrace" / f"kernels-{digest.hexdigest()[:16]}"
     try:
+        # What the user chose with NUMBA_CACHE_DIR comes first; the digest is needed there too.
+        base = Path(numba.config.CACHE_DIR or Path.home() / ".cache" / "millrace")
+        directory = base / f"kernels-{digest.hexdigest()[:16]}"
         directory.mkdir(parents=True, exist_ok=True)
-        return directory if os.access(directory, os.W_OK) else Path(tempfile.mkdtemp(prefix="millrace-kernels-"))
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="millrace-kernels-"))
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
+        return _directory_of_this_process()
+    return directory if os.access(directory, os.W_OK) else _directory_of_this_process()
+
+
+def _directory_of_this_process() -> Path:
+    directory = Path(tempfile.mkdtemp(prefix="millrace-kernels-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
 
 
 numba.config.CACHE_DIR = str(cache_directory())
