@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import time
+from pathlib import Path
 
 import torch
 
@@ -40,18 +41,19 @@ class Assembled:
     context: int  # tokens of one sequence at most
     layers: int
     digest: str
-    threads: int
+    threads: int  # of a step
+    torch_threads: int  # of those, what torch's own operations use
 
 
 def assemble(config: TorchEngineConfig) -> Assembled:
     """Load the model into a working core. Takes seconds; runs in a thread. Raises EngineStartError."""
     began_s = time.monotonic()
     device = choose_device(config.device)
-    threads = config.threads or default_threads(os.cpu_count() or 1)
-    torch.set_num_threads(threads)
+    threads = config.threads or default_threads(usable_cores())
     shape = parse_config(read_json(config.model_dir / "config.json"))
     dtype = choose_dtype(config.dtype, device)
     backend = choose_backend(shape, config, threads=threads, device=device, dtype=dtype)
+    torch.set_num_threads(backend.torch_threads)
     progress = log_progress(config.model_name)
     weights = load_weights(config.model_dir, shape, range(shape.layers), backend.factory, progress)
     text = TextModel(config.model_dir)
@@ -68,7 +70,9 @@ def assemble(config: TorchEngineConfig) -> Assembled:
         eos=text.eos,
         speculate=config.speculate,
     )
-    assembled = Assembled(core, model, text, context, shape.layers, resume_digest(config.model_dir), threads)
+    assembled = Assembled(
+        core, model, text, context, shape.layers, resume_digest(config.model_dir), threads, backend.torch_threads
+    )
     if config.warm_up:
         warm_up(assembled)
     log.info(
@@ -95,6 +99,11 @@ def choose_device(wanted: str) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise EngineStartError("device cuda was asked for, but torch sees no GPU")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def usable_cores() -> int:
+    """That this process may run on, which in a container can be few of many."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_threads(cores: int) -> int:
@@ -134,9 +143,22 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
+        return available_bytes(Path("/proc/meminfo").read_text(encoding="ascii"))
+    except (OSError, ValueError):  # not Linux
+        pass
+    try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):  # not every system says
         return 4 << 30
+
+
+def available_bytes(meminfo: str) -> int:
+    """What can be had without swapping, files in the page cache included. Raises ValueError."""
+    for line in meminfo.splitlines():
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable":
+            return int(rest.split()[0]) * 1024
+    raise ValueError("no MemAvailable")
 
 
 def warm_up(assembled: Assembled) -> None:

@@ -14,7 +14,7 @@ from gpu_worker.torch_engine.config import TorchEngineConfig
 from gpu_worker.torch_engine.cuda.graphs import GraphDecoder, cuda_capture
 from gpu_worker.torch_engine.cuda.paged import PagedAttention, Probed, VarlenAttention, probe
 from gpu_worker.torch_engine.kernels.decoder import CompiledDecoder, supports
-from gpu_worker.torch_engine.kernels.ready import compile_now, has_fused_multiply_add, host_features
+from gpu_worker.torch_engine.kernels.ready import compile_now, has_instructions, host_features
 from gpu_worker.torch_engine.kernels.weights import PackedFactory, PackedWeight
 from gpu_worker.torch_engine.linear import Linear, LinearFactory
 from gpu_worker.torch_engine.loader import MatrixFactory
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 class Backend(Generic[Matrix]):
     block_tokens: int
     depth: int  # steps in flight while the next is launched
+    torch_threads: int  # of torch's own operations, in the thread that runs the steps
     factory: MatrixFactory[Matrix]
     build: Callable[[ModelWeights[Matrix], int, int], Model]  # from weights, blocks, context
 
@@ -41,7 +42,7 @@ def choose_backend(
     if device.type == "cuda":
         found = probe_paged(shape, device, dtype)
         if isinstance(found, Probed):
-            return paged_backend(shape, found, capacity=config.capacity, device=device, dtype=dtype)
+            return paged_backend(shape, found, config.capacity, threads=threads, device=device, dtype=dtype)
         log.warning("paged attention cannot be used, the slower tiles are", extra={"reason": found})
     elif config.kernels != "torch":
         reason = why_not_compiled(shape, dtype) or why_not_compiling()
@@ -50,15 +51,15 @@ def choose_backend(
         if config.kernels == "compiled":
             raise EngineStartError(f"MILLRACE_KERNELS=compiled cannot be had here: {reason}")
         log.warning("compiled kernels cannot be used, torch's slower operations are", extra={"reason": reason})
-    return tile_backend(shape, device=device, dtype=dtype)
+    return tile_backend(shape, threads=threads, device=device, dtype=dtype)
 
 
 def why_not_compiled(shape: ModelConfig, dtype: torch.dtype) -> str | None:
     """None: the compiled kernels can be used."""
     if dtype != torch.float32:
         return f"they compute in float32, and {str(dtype).removeprefix('torch.')} was chosen"
-    if not has_fused_multiply_add(platform.machine(), host_features()):
-        return "this CPU has no fused multiply-add"
+    if not has_instructions(platform.machine(), host_features()):
+        return "this CPU lacks fused multiply-add or float16 conversion"
     return None if supports(shape) else "the model's widths are no multiples of 32"
 
 
@@ -73,10 +74,10 @@ def why_not_compiling() -> str | None:
 
 def compiled_backend(shape: ModelConfig, *, threads: int) -> Backend[Any]:
     def build(weights: ModelWeights[PackedWeight], blocks: int, context: int) -> Model:
-        torch.set_num_threads(1)  # what is left to torch is small: its own threads would only wait for each other
         return CompiledDecoder(shape, weights, blocks=blocks, context=context, threads=threads)
 
-    return Backend(CompiledDecoder.block_tokens, 0, PackedFactory(), build)
+    # What is left to torch is small: threads of its own would only wait for each other, and for the kernels'.
+    return Backend(CompiledDecoder.block_tokens, 0, 1, PackedFactory(), build)
 
 
 def probe_paged(shape: ModelConfig, device: torch.device, dtype: torch.dtype) -> Probed | str:
@@ -107,7 +108,7 @@ def choose_ops(device: torch.device, dtype: torch.dtype) -> Ops:
     return PLAIN
 
 
-def tile_backend(shape: ModelConfig, *, device: torch.device, dtype: torch.dtype) -> Backend[Linear]:
+def tile_backend(shape: ModelConfig, *, threads: int, device: torch.device, dtype: torch.dtype) -> Backend[Linear]:
     factory = LinearFactory(device=device, dtype=dtype)
 
     def build(weights: ModelWeights[Linear], blocks: int, context: int) -> Model:
@@ -117,11 +118,11 @@ def tile_backend(shape: ModelConfig, *, device: torch.device, dtype: torch.dtype
         )
         return Decoder(shape, weights, attention, dtype=dtype)
 
-    return Backend(TileAttention.block_tokens, 0, factory, build)
+    return Backend(TileAttention.block_tokens, 0, threads, factory, build)
 
 
 def paged_backend(
-    shape: ModelConfig, probed: Probed, *, capacity: int, device: torch.device, dtype: torch.dtype
+    shape: ModelConfig, probed: Probed, capacity: int, *, threads: int, device: torch.device, dtype: torch.dtype
 ) -> Backend[Linear]:
     ops = choose_ops(device, dtype)
 
@@ -140,4 +141,4 @@ def paged_backend(
         decoder = Decoder(shape, weights, attention, dtype=dtype, ops=ops)
         return GraphDecoder(decoder, attention, capacity=capacity, context=context, capture=cuda_capture())
 
-    return Backend(PagedAttention.block_tokens, 1, LinearFactory(device=device, dtype=dtype), build)
+    return Backend(PagedAttention.block_tokens, 1, threads, LinearFactory(device=device, dtype=dtype), build)

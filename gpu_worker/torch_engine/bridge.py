@@ -210,7 +210,7 @@ class TorchEngine:
 
     def _steps(self, assembled: Assembled) -> None:
         """Step thread: the mailbox, then one step, then the outbox."""
-        torch.set_num_threads(assembled.threads)
+        torch.set_num_threads(assembled.torch_threads)
         core = assembled.core
         while True:
             with self._change:

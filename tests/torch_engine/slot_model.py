@@ -99,7 +99,7 @@ def slot_engine(
         speculate=speculate,
         clock=lambda: model.now_s,
     )
-    return Assembled(core, model, text, blocks * block_tokens, 1, "", 1)
+    return Assembled(core, model, text, blocks * block_tokens, 1, "", 1, 1)
 
 
 @cache

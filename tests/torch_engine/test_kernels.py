@@ -1,5 +1,7 @@
 """The compiled kernels against torch in float64, and the promise that nothing beside a row changes its bits."""
 
+import gc
+import json
 import threading
 import time
 from pathlib import Path
@@ -9,14 +11,18 @@ import pytest
 import torch
 from torch.nn import functional
 
+from gpu_worker.torch_engine.kernels.decoder import CompiledDecoder
 from gpu_worker.torch_engine.kernels.functions import exponential, silu
 from gpu_worker.torch_engine.kernels.operations import product_operations
 from gpu_worker.torch_engine.kernels.products import ADD, GATED, KEEP
 from gpu_worker.torch_engine.kernels.program import OPERATION, STEP, Team, address, aligned
-from gpu_worker.torch_engine.kernels.ready import has_fused_multiply_add, host_features, with_fresh_cache
+from gpu_worker.torch_engine.kernels.ready import has_instructions, host_features, with_fresh_cache
 from gpu_worker.torch_engine.kernels.vectors import compiled, load, store
-from gpu_worker.torch_engine.kernels.weights import FORM_NAMES, PackedWeight, pack
+from gpu_worker.torch_engine.kernels.weights import FORM_NAMES, PackedFactory, PackedWeight, pack
+from gpu_worker.torch_engine.loader import load_weights
+from gpu_worker.torch_engine.model_config import parse_config
 from gpu_worker.torch_engine.quantized import Quantized, Weight
+from tests.torch_engine.tiny import tiny_model
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 11, 12, 40)
 OUTPUTS, INPUTS = 112, 96
@@ -161,6 +167,19 @@ def test_the_same_bits_come_from_any_number_of_threads(rows):
     assert all((out == found[0]).all() for out in found)
 
 
+def test_a_decoder_that_is_dropped_ends_its_helpers(tmp_path: Path) -> None:
+    directory = tiny_model(tmp_path)
+    config = parse_config(json.loads((directory / "config.json").read_text()))
+    weights = load_weights(directory, config, range(config.layers), PackedFactory(), lambda fraction: None)
+    decoder = CompiledDecoder(config, weights, blocks=4, context=64, threads=3)
+    helpers = [one for one in threading.enumerate() if one.name.startswith("kernels-")]
+    del decoder
+    gc.collect()
+    for helper in helpers:
+        helper.join(1)
+    assert sum(not helper.is_alive() for helper in helpers) >= 2
+
+
 def test_a_helper_that_comes_late_finds_the_turn_closed():
     made = Team(1, 1 << 10)
     packed = pack(make_weight("half"))
@@ -185,9 +204,9 @@ def test_many_turns_with_more_threads_than_cores_all_end(rows):
 
 
 def test_a_cpu_without_fused_multiply_add_is_known():
-    assert has_fused_multiply_add("x86_64", {"fma": True})
-    assert not has_fused_multiply_add("x86_64", {"sse2": True})
-    assert has_fused_multiply_add("aarch64", {}) and not has_fused_multiply_add("riscv64", {})
+    assert has_instructions("x86_64", {"fma": True, "f16c": True})
+    assert not has_instructions("x86_64", {"fma": True})  # as in some virtual machines
+    assert has_instructions("aarch64", {}) and not has_instructions("riscv64", {})
     assert "sse2" in host_features() or "neon" in host_features()
 
 

@@ -1,6 +1,7 @@
 """A range of a model's layers as a program for the kernels. The same numbers as model.py's Decoder, in float32."""
 
 import dataclasses
+import weakref
 from typing import Any
 
 import numpy
@@ -73,6 +74,7 @@ class CompiledDecoder:
         self._cos, self._sin = cos[:, :half].contiguous().numpy(), sin[:, half:].contiguous().numpy()
         widest = max(config.hidden, config.intermediate, config.heads * config.head_dim)
         self._team = Team(threads, max(4 * PANEL * widest, scratch_bytes(config.group, config.head_dim, context)))
+        weakref.finalize(self, self._team.close)
         self._buffers, self._program = LayerBuffers(config, 0), numpy.zeros(0, OPERATION)
         self._head_buffers: HeadBuffers | None = None
         self._head_program = numpy.zeros(0, OPERATION)
@@ -133,10 +135,6 @@ class CompiledDecoder:
     def clear(self, blocks: list[int]) -> None:
         for cache in (*self._keys, *self._values):
             cache[blocks] = 0
-
-    def close(self) -> None:
-        """End the helper threads; no step may follow."""
-        self._team.close()
 
     def _build_program(self) -> Array:
         operations = [

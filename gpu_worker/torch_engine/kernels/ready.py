@@ -1,5 +1,6 @@
 """Whether this machine can run the kernels, and having them compiled before the first step."""
 
+import fcntl
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -13,12 +14,14 @@ from gpu_worker.torch_engine.kernels.program import OPERATION, STEP, Team
 
 log = logging.getLogger(__name__)
 
-FUSED = {"x86_64": "fma", "AMD64": "fma"}  # without it each multiply-add would be a call; on ARM it is always there
+NEEDED = ("fma", "f16c")  # of x86: without them each multiply-add, or each float16, would be a call; ARM has both
 
 
-def has_fused_multiply_add(machine: str, features: Mapping[str, bool]) -> bool:
+def has_instructions(machine: str, features: Mapping[str, bool]) -> bool:
     """machine: as platform.machine() says. features: by LLVM's names, see host_features."""
-    return features.get(FUSED[machine], False) if machine in FUSED else machine in ("aarch64", "arm64")
+    if machine in ("x86_64", "AMD64"):
+        return all(features.get(name, False) for name in NEEDED)
+    return machine in ("aarch64", "arm64")
 
 
 def host_features() -> Mapping[str, bool]:
@@ -27,7 +30,10 @@ def host_features() -> Mapping[str, bool]:
 
 def compile_now(say: Callable[[str], None]) -> None:
     """Returns when all is compiled or found in the cache. say: a line before and one after, if it has to compile."""
-    with_fresh_cache(lambda: _compile(say), Path(numba.config.CACHE_DIR))
+    directory = Path(numba.config.CACHE_DIR)
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second worker waits and finds all compiled
+        with_fresh_cache(lambda: _compile(say), directory)
 
 
 def with_fresh_cache(compile_all: Callable[[], None], directory: Path) -> None:
