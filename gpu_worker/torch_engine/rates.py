@@ -16,7 +16,7 @@ CHUNK_S = 0.5  # a longer chunk computes no faster, and whoever could be answere
 STALL = 2.0  # of its own token intervals that a running answer waits for a prompt, per step
 AIM = 0.9  # of that: what is between two steps takes time too
 CAREFUL = 2.0  # standard deviations by which an expectation may be wrong and the promise still holds
-NOISE_HEEDED = 0.1  # a machine noisier than this stalls answers itself; prompts must get on nevertheless
+NOISE_HEEDED = 0.2  # a machine noisier than this stalls answers itself; prompts must get on nevertheless
 
 
 class Rates:
