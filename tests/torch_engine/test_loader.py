@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gpu_worker.engine import EngineStartError
-from gpu_worker.torch_engine.assembly import default_threads
 from gpu_worker.torch_engine.config import TorchEngineConfig
 from gpu_worker.torch_engine.loader import log_progress, resume_digest
 from tests.torch_engine.tiny import CONFIG, request, run, tiny_engine, tiny_model
@@ -230,10 +229,6 @@ def test_progress_is_said_now_and_then(caplog: pytest.LogCaptureFixture) -> None
             progress(fraction)
 
     assert [record.__dict__["percent"] for record in caplog.records] == [50]
-
-
-def test_threads_leave_a_core_to_the_rest() -> None:
-    assert [default_threads(cores) for cores in (1, 2, 4, 8, 16)] == [1, 1, 3, 7, 14]
 
 
 @pytest.mark.parametrize("change", [{"capacity": 0}, {"prefill_chunk": 0}, {"kv_tokens": 3}])
