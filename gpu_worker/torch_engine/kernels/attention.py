@@ -25,6 +25,7 @@ from gpu_worker.torch_engine.kernels.vectors import (
     get_int,
     largest,
     load,
+    load_tile,
     mul,
     put,
     splat,
@@ -50,57 +51,80 @@ def span_tokens(group: int) -> int:
     return max(1, SPAN_ROWS // group)
 
 
-def scratch_bytes(group: int, head_dim: int, context: int) -> int:
+def scratch_bytes(heads: int, group: int, head_dim: int, context: int) -> int:
     """What one thread needs, keys rounded up to whole blocks."""
-    rows = span_tokens(group) * group
+    rows = max(span_tokens(group) * group, heads)
     padded = -(-context // BLOCK_TOKENS) * BLOCK_TOKENS
     return 4 * rows * (2 * head_dim + 8 + padded)
 
 
 @compiled
 def attend(op: Any, step: Any, first: int, last: int, scratch: int) -> None:
-    """Units first..last: span * kv_heads + head."""
+    """Units first..last: span * parts + part. The key/value heads of a part are `op.heads`, the last may be fewer."""
+    parts = (step.kv_heads + op.heads - 1) // op.heads
     for unit in range(first, last):
-        attend_span(op, step, step.spans + 4 * SPAN_FIELDS * (unit // step.kv_heads), unit % step.kv_heads, scratch)
+        span, head = step.spans + 4 * SPAN_FIELDS * (unit // parts), unit % parts * op.heads
+        end = min(head + op.heads, step.kv_heads)
+        if get_int(span + 4) == 1:
+            attend_span(op, step, span, head, end, scratch)
+        else:
+            for one in range(head, end):
+                attend_span(op, step, span, one, one + 1, scratch)
 
 
 @compiled
-def attend_span(op: Any, step: Any, span: int, head: int, scratch: int) -> None:
+def attend_span(op: Any, step: Any, span: int, first_head: int, last_head: int, scratch: int) -> None:
     row, tokens, start = get_int(span), get_int(span + 4), get_int(span + 8)
     table = step.block_table + 4 * step.table_width * get_int(span + 12)
-    rows, width = tokens * step.group, 4 * step.head_dim
-    keys = start + tokens
-    blocks = (keys + BLOCK_TOKENS - 1) // BLOCK_TOKENS
-    queries, results = scratch, scratch + rows * width
-    sums = results + rows * width
-    scores, stride = sums + 32 * rows, 4 * BLOCK_TOKENS * blocks
+    rows, width = tokens * step.group, 4 * step.head_dim  # of one head
+    heads = last_head - first_head
+    blocks = (start + tokens + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+    queries, results = scratch, scratch + heads * rows * width
+    sums = results + heads * rows * width
+    scores, stride = sums + 32 * heads * rows, 4 * BLOCK_TOKENS * blocks
 
-    take_queries(op, step, row, tokens, head, queries)
+    take_queries(op, step, row, tokens, first_head, last_head, queries)
     for index in range(blocks):
-        block = get_int(table + 4 * index) * step.kv_heads + head
-        for half in range(BLOCK_TOKENS // KEY_PANEL):
-            panel = op.keys + block * BLOCK_TOKENS * width + half * KEY_PANEL * width
-            score_rows(
-                queries, rows, step.head_dim, panel, scores + 4 * (BLOCK_TOKENS * index + KEY_PANEL * half), stride
-            )
-    for index in range(rows):
-        visible = start + index // step.group + 1
+        keys = op.keys + place_of(step, table, index, first_head)
+        for head in range(heads):
+            x, out = queries + head * rows * width, scores + head * rows * stride + 4 * BLOCK_TOKENS * index
+            for _ in range(BLOCK_TOKENS // KEY_PANEL):
+                score_rows(x, rows, step.head_dim, keys, out, stride)
+                keys += KEY_PANEL * width
+                out += 4 * KEY_PANEL
+    for index in range(heads * rows):
+        visible = start + index % rows // step.group + 1
         put(sums + 4 * index, weigh(scores + index * stride, visible, BLOCK_TOKENS * blocks))
-    for panel in range(step.head_dim // VALUE_PANEL):
-        weighted_rows(op, step, table, blocks, head, panel, scores, stride, rows, results)
-    give_results(op, step, row, tokens, head, results, sums)
+    for at in range(results, sums, 32):
+        store(at, splat(_ZERO))
+    for index in range(blocks):
+        values = op.values + place_of(step, table, index, first_head)
+        for head in range(heads):
+            x, out = scores + head * rows * stride + 4 * BLOCK_TOKENS * index, results + head * rows * width
+            for _ in range(step.head_dim // VALUE_PANEL):
+                weighted_rows(x, stride, rows, values, out, width)
+                values += 4 * VALUE_PANEL * BLOCK_TOKENS
+                out += 4 * VALUE_PANEL
+    give_results(op, step, row, tokens, first_head, last_head, results, sums)
 
 
 @compiled
-def take_queries(op: Any, step: Any, row: int, tokens: int, head: int, queries: int) -> None:
-    """The span's rotated queries, one after another and scaled."""
+def place_of(step: Any, table: int, index: int, head: int) -> int:
+    """Where one head's part of a sequence's block begins, from the begin of all keys or values on."""
+    return int((get_int(table + 4 * index) * step.kv_heads + head) * 4 * BLOCK_TOKENS * step.head_dim)
+
+
+@compiled
+def take_queries(op: Any, step: Any, row: int, tokens: int, first_head: int, last_head: int, queries: int) -> None:
+    """The span's rotated queries, head by head, one after another and scaled."""
     scale, width = splat(step.scale), 4 * step.head_dim
-    for token in range(tokens):
-        for member in range(step.group):
-            x = op.x + (row + token) * op.x_stride + (head * step.group + member) * width
-            for at in range(0, width, 32):
-                store(queries + at, mul(load(x + at), scale))
-            queries += width
+    for head in range(first_head, last_head):
+        for token in range(tokens):
+            for member in range(step.group):
+                x = op.x + (row + token) * op.x_stride + (head * step.group + member) * width
+                for at in range(0, width, 32):
+                    store(queries + at, mul(load(x + at), scale))
+                queries += width
 
 
 @compiled
@@ -142,59 +166,42 @@ def weigh(scores: int, visible: int, count: int) -> Any:
 
 
 @compiled
-def weighted_panel(
-    tile: Any, op: Any, step: Any, table: int, blocks: int, head: int, panel: int, scores: int, stride: int
-) -> Any:
-    """Sum over all keys of probability times value, for 16 numbers of the head and as many rows as `tile` has."""
-    block_bytes = 4 * BLOCK_TOKENS * step.head_dim
-    for index in range(blocks):
-        block = get_int(table + 4 * index) * step.kv_heads + head
-        values = op.values + block * block_bytes + panel * BLOCK_TOKENS * 4 * VALUE_PANEL
-        tile = plain(tile, scores + 4 * BLOCK_TOKENS * index, stride, values, BLOCK_TOKENS)
-    return tile
+def weighted_tile(tile: Any, scores: int, stride: int, panel: int, out: int, width: int) -> None:
+    store_tile(plain(load_tile(tile, out, width), scores, stride, panel, BLOCK_TOKENS), out, width)
 
 
 @compiled
-def weighted_rows(
-    op: Any,
-    step: Any,
-    table: int,
-    blocks: int,
-    head: int,
-    panel: int,
-    scores: int,
-    stride: int,
-    rows: int,
-    results: int,
-) -> None:
-    width = 4 * step.head_dim
-    out = results + 4 * VALUE_PANEL * panel
+def weighted_rows(scores: int, stride: int, rows: int, panel: int, out: int, width: int) -> None:
+    """One value panel: what a block's tokens add to 16 numbers of all rows."""
     for _ in range(rows // 6):
-        store_tile(weighted_panel(tile6(), op, step, table, blocks, head, panel, scores, stride), out, width)
+        weighted_tile(tile6(), scores, stride, panel, out, width)
         scores += 6 * stride
         out += 6 * width
     rest = rows % 6
     if rest == 1:
-        store_tile(weighted_panel(tile1(), op, step, table, blocks, head, panel, scores, stride), out, width)
+        weighted_tile(tile1(), scores, stride, panel, out, width)
     elif rest == 2:
-        store_tile(weighted_panel(tile2(), op, step, table, blocks, head, panel, scores, stride), out, width)
+        weighted_tile(tile2(), scores, stride, panel, out, width)
     elif rest == 3:
-        store_tile(weighted_panel(tile3(), op, step, table, blocks, head, panel, scores, stride), out, width)
+        weighted_tile(tile3(), scores, stride, panel, out, width)
     elif rest == 4:
-        store_tile(weighted_panel(tile4(), op, step, table, blocks, head, panel, scores, stride), out, width)
+        weighted_tile(tile4(), scores, stride, panel, out, width)
     elif rest == 5:
-        store_tile(weighted_panel(tile5(), op, step, table, blocks, head, panel, scores, stride), out, width)
+        weighted_tile(tile5(), scores, stride, panel, out, width)
 
 
 @compiled
-def give_results(op: Any, step: Any, row: int, tokens: int, head: int, results: int, sums: int) -> None:
+def give_results(
+    op: Any, step: Any, row: int, tokens: int, first_head: int, last_head: int, results: int, sums: int
+) -> None:
     """Divided by their sums, each to its token and query head."""
     width = 4 * step.head_dim
-    for token in range(tokens):
-        for member in range(step.group):
-            out = op.out + (row + token) * op.out_stride + (head * step.group + member) * width
-            scale = splat(_ONE / get(sums))
-            for at in range(0, width, 32):
-                store(out + at, mul(load(results + at), scale))
-            results += width
-            sums += 4
+    for head in range(first_head, last_head):
+        for token in range(tokens):
+            for member in range(step.group):
+                out = op.out + (row + token) * op.out_stride + (head * step.group + member) * width
+                scale = splat(_ONE / get(sums))
+                for at in range(0, width, 32):
+                    store(out + at, mul(load(results + at), scale))
+                results += width
+                sums += 4

@@ -26,7 +26,7 @@ Array = numpy.ndarray[Any, Any]
 OPERATION = numpy.dtype(
     [
         ("kind", "i8"),
-        ("units", "i8"),  # rows, panels, or spans times key/value heads
+        ("units", "i8"),  # rows, panels, or spans times parts of their heads
         ("chunk", "i8"),  # units claimed at once
         ("x", "i8"),
         ("x_stride", "i8"),
@@ -43,6 +43,7 @@ OPERATION = numpy.dtype(
         ("sums_stride", "i8"),
         ("keys", "i8"),
         ("values", "i8"),
+        ("heads", "i8"),  # key/value heads of one unit
         ("query_norm", "i8"),
         ("key_norm", "i8"),
         ("epsilon", "f4"),
