@@ -14,8 +14,9 @@ from gpu_worker.torch_engine.config import TorchEngineConfig
 from gpu_worker.torch_engine.cuda.graphs import GraphDecoder, cuda_capture
 from gpu_worker.torch_engine.cuda.paged import PagedAttention, Probed, VarlenAttention, probe
 from gpu_worker.torch_engine.kernels.decoder import CompiledDecoder, supports
+from gpu_worker.torch_engine.kernels.packing import PackedFactory
 from gpu_worker.torch_engine.kernels.ready import compile_now, has_instructions, host_features
-from gpu_worker.torch_engine.kernels.weights import PackedFactory, PackedWeight
+from gpu_worker.torch_engine.kernels.weights import PackedWeight
 from gpu_worker.torch_engine.linear import Linear, LinearFactory
 from gpu_worker.torch_engine.loader import MatrixFactory
 from gpu_worker.torch_engine.model import Decoder, Matrix, Model, ModelWeights

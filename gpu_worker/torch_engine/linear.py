@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gpu_worker.torch_engine.quantized import Quantized, Weight
+from gpu_worker.torch_engine.stored import cat
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +74,9 @@ class LinearFactory:
         self.exact = dtype == torch.float32 and device.type == "cpu"
         self._row_multiples: dict[tuple[str, int, int], int | None] = {}
 
-    def build(self, weight: Weight, bias: Tensor | None = None) -> Linear:
-        """weight: (out, in) in the engine's dtype on its device; the packed form keeps no reference to it."""
+    def build(self, *parts: Weight, bias: Tensor | None = None, gated: bool = False) -> Linear:
+        """See loader.MatrixFactory. The packed forms keep no reference to the parts; gates lie before the rest."""
+        weight = cat(parts, self.dtype, self.device)
         if isinstance(weight, Quantized):  # rounded to float16, 2^-12 beside steps of a sixteenth, so that `half` fits
             weight = weight.dequantize(torch.float16).to(self.dtype)
         kind, multiply = self._choose(weight, bias)
@@ -87,6 +89,7 @@ class LinearFactory:
             found = half or _packed(weight, bias)
             if found is not None:
                 return found
+            weight = weight.clone()  # it may be a view of a file
         return "plain", _plain(weight, bias)
 
     def _row_multiple(self, kind: str, multiply: RowOp, weight: Tensor) -> int | None:

@@ -5,7 +5,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Container
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -17,7 +16,8 @@ from gpu_worker.engine import EngineStartError
 from gpu_worker.torch_engine.model import HeldMatrix, LayerWeights, Matrix, ModelWeights
 from gpu_worker.torch_engine.model_config import ModelConfig
 from gpu_worker.torch_engine.norm import RmsNorm
-from gpu_worker.torch_engine.quantized import GROUP, Quantized, Weight, cat, is_finite
+from gpu_worker.torch_engine.quantized import GROUP, Quantized, Weight
+from gpu_worker.torch_engine.stored import is_finite, same, smallest_dtype
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +28,11 @@ FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 HALVES = {torch.float16}
 SAMPLE_BYTES = 4096
 SAMPLES = 256
+MAPPED_BYTES_MAX = 64 << 20  # read through one mapping of a file: its pages count as our memory while it is there
 
 
 class MatrixFactory(Protocol[Made]):
-    """Makes what a backend multiplies with. Floats come to it in its dtype on its device."""
+    """Makes what a backend multiplies with. Norms and biases come to it in its dtype on its device."""
 
     @property
     def device(self) -> torch.device: ...
@@ -39,24 +40,50 @@ class MatrixFactory(Protocol[Made]):
     @property
     def dtype(self) -> torch.dtype: ...
 
-    def build(self, weight: Weight, bias: Tensor | None = None) -> Made:
-        """weight: (out, in); bias: (out,)."""
+    def build(self, *parts: Weight, bias: Tensor | None = None, gated: bool = False) -> Made:
+        """parts: (out, in) each, one below the other, on the device, as they are stored: on a CPU perhaps views of a
+        file, of which nothing may be kept. bias: (out,) of all. gated: two alike, gates and what they are for.
+        """
+
+
+class Shard:
+    """One file. Its tensors are views of a mapping, which goes with the last of them, and is made anew now and then."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._mapped: Any = None
+        self._read_bytes = 0
+
+    def names(self) -> list[str]:
+        return list(self._open().keys())
+
+    def get(self, name: str) -> Tensor:
+        tensor: Tensor = self._open().get_tensor(name)
+        self._read_bytes += tensor.nbytes
+        if self._read_bytes > MAPPED_BYTES_MAX:
+            self._mapped = None
+        return tensor
+
+    def _open(self) -> Any:
+        if self._mapped is None:
+            try:
+                self._mapped, self._read_bytes = safe_open(str(self._path), framework="pt"), 0
+            except (SafetensorError, OSError) as error:
+                raise EngineStartError(
+                    f"{self._path}: cannot be read: {error}; remove it and fetch the model again"
+                ) from error
+        return self._mapped
 
 
 class TensorSource:
     """The tensors of all shards, by name; remembers which were taken."""
 
-    def __init__(self, directory: Path, stack: ExitStack, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, directory: Path, *, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
-        self._where: dict[str, Any] = {}
+        self._where: dict[str, Shard] = {}
         for path in weight_files(directory):
-            try:
-                shard = stack.enter_context(safe_open(str(path), framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise EngineStartError(
-                    f"{path}: cannot be read: {error}; remove it and fetch the model again"
-                ) from error
-            for name in shard.keys():  # noqa: SIM118 - a shard is no mapping
+            shard = Shard(path)
+            for name in shard.names():
                 if name in self._where:
                     raise EngineStartError(f"{directory}: tensor {name} is in two files")
                 self._where[name] = shard
@@ -67,22 +94,22 @@ class TensorSource:
 
     def take(self, name: str, *shape: int) -> Tensor:
         """In the engine's dtype on its device. Raises EngineStartError if missing, of another shape or not finite."""
-        # A copy even if nothing changes: a view would keep the whole file mapped, and counted as our memory.
+        # A copy even if nothing changes: a view would keep the whole file mapped.
         tensor = self._stored(name, shape, FLOATS).to(self._device, self._dtype, copy=True)
         return _checked(name, tensor)
 
     def take_matrix(self, name: str, out: int, width: int) -> Weight:
-        """As it is stored: quantised, or like `take`. The parts of a quantised one are tensors of their own."""
+        """As it is stored, on the device: on a CPU a view of the file. The parts of a quantised one have own names."""
         bits = next((bits for bits in (4, 8) if f"{name}.q{bits}" in self._where), None)
         if bits is None:
-            return self.take(name, out, width)
+            return _checked(name, self._stored(name, (out, width), FLOATS).to(self._device))
         groups = (out, width // GROUP)
         values, kinds = ((out, width // 2), {torch.uint8}) if bits == 4 else ((out, width), {torch.int8})
         weight = Quantized(
             bits,
-            self._stored(f"{name}.q{bits}", values, kinds).clone(),
-            self._stored(f"{name}.scale", groups, HALVES).clone(),
-            self._stored(f"{name}.min", groups, HALVES).clone() if bits == 4 else None,
+            self._stored(f"{name}.q{bits}", values, kinds),
+            self._stored(f"{name}.scale", groups, HALVES),
+            self._stored(f"{name}.min", groups, HALVES) if bits == 4 else None,
         )
         return _checked(name, weight.to(self._device))
 
@@ -96,7 +123,7 @@ class TensorSource:
     def _stored(self, name: str, shape: tuple[int, ...], dtypes: Container[torch.dtype]) -> Tensor:
         if name not in self._where:
             raise EngineStartError(f"the model lacks tensor {name}")
-        tensor: Tensor = self._where[name].get_tensor(name)
+        tensor = self._where[name].get(name)
         if tuple(tensor.shape) != shape:
             raise EngineStartError(f"tensor {name} has shape {tuple(tensor.shape)}, expected {shape}")
         if tensor.dtype not in dtypes:
@@ -137,45 +164,45 @@ def load_weights(
 ) -> ModelWeights[Matrix]:
     """The weights of a contiguous range of layers, with embeddings at its first end and norm and head at its last."""
     first, last = layers.start == 0, layers.stop == config.layers
-    with ExitStack() as stack:
-        source = TensorSource(directory, stack, device=factory.device, dtype=factory.dtype)
-        embedding = None
-        if first or (last and config.tied_head):
-            embedding = source.take_matrix("model.embed_tokens.weight", config.vocabulary, config.hidden)
-        loaded = []
-        for index in layers:
-            loaded.append(_load_layer(source, config, index, factory))
-            progress(len(loaded) / (len(layers) + 1))
-        norm = RmsNorm(source.take("model.norm.weight", config.hidden), config.norm_eps) if last else None
-        head = factory.build(_head_matrix(source, config, embedding)) if last else None
-        source.check_all_taken(ignore=lambda name: _belongs_elsewhere(name, config, layers))
-        progress(1.0)
-    return ModelWeights(tuple(loaded), compact(embedding) if first else None, norm, head)
+    source = TensorSource(directory, device=factory.device, dtype=factory.dtype)
+    embedding = keep_rows(_embedding(source, config), factory.dtype) if first else None
+    loaded = []
+    for index in layers:
+        loaded.append(_load_layer(source, config, index, factory))
+        progress(len(loaded) / (len(layers) + 1))
+    norm = RmsNorm(source.take("model.norm.weight", config.hidden), config.norm_eps) if last else None
+    head = factory.build(_head(source, config, embedding, factory.dtype)) if last else None
+    source.check_all_taken(ignore=lambda name: _belongs_elsewhere(name, config, layers))
+    progress(1.0)
+    return ModelWeights(tuple(loaded), embedding, norm, head)
 
 
-def _head_matrix(source: TensorSource, config: ModelConfig, embedding: Weight | None) -> Weight:
+def _embedding(source: TensorSource, config: ModelConfig) -> Weight:
+    return source.take_matrix("model.embed_tokens.weight", config.vocabulary, config.hidden)
+
+
+def _head(source: TensorSource, config: ModelConfig, embedding: Weight | None, dtype: torch.dtype) -> Weight:
     """A tied head may be stored a second time; if that one differs, the config is wrong about one of them."""
     name = "lm_head.weight"
     if not config.tied_head:
         return source.take_matrix(name, config.vocabulary, config.hidden)
-    assert embedding is not None
+    tied = _embedding(source, config) if embedding is None else embedding
     if source.has(name):
         own = source.take_matrix(name, config.vocabulary, config.hidden)
-        if not torch.equal(_whole(own), _whole(embedding)):
+        if not same(own, tied, dtype):
             raise EngineStartError(f"{name} differs from the embedding, which config.json says it is tied to")
-    return embedding
+    return tied
 
 
-def _whole(weight: Weight) -> Tensor:
-    return weight.dequantize() if isinstance(weight, Quantized) else weight
+def keep_rows(embedding: Weight, dtype: torch.dtype) -> Weight:
+    """What an embedding is kept as, for its rows are only looked up: beside float32 in the smallest form that is exact.
 
-
-def compact(embedding: Weight | None) -> Weight | None:
-    """Half the memory, if the values came from float16: rows are only looked up, never multiplied in this form."""
-    if not isinstance(embedding, Tensor) or embedding.dtype != torch.float32:
-        return embedding
-    half = embedding.to(torch.float16)
-    return half if torch.equal(half.to(torch.float32), embedding) else embedding
+    dtype: of the engine. Never a view of a file.
+    """
+    if isinstance(embedding, Quantized):
+        return embedding.clone()
+    kept = smallest_dtype([embedding]) if dtype == torch.float32 else dtype
+    return embedding.to(kept, copy=True)
 
 
 def _load_layer(
@@ -185,13 +212,11 @@ def _load_layer(
     hidden, middle = config.hidden, config.intermediate
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
 
-    def fused(names: list[str], outs: list[int], width: int, biased: bool) -> Matrix:
-        parts = zip(names, outs, strict=True)
-        weight = cat([source.take_matrix(f"{prefix}{name}.weight", out, width) for name, out in parts], factory.dtype)
-        bias = (
-            [source.take(f"{prefix}{name}.bias", out) for name, out in zip(names, outs, strict=True)] if biased else []
-        )
-        return factory.build(weight, torch.cat(bias) if bias else None)
+    def fused(names: list[str], outs: list[int], width: int, biased: bool, gated: bool = False) -> Matrix:
+        sizes = list(zip(names, outs, strict=True))
+        parts = [source.take_matrix(f"{prefix}{name}.weight", out, width) for name, out in sizes]
+        bias = torch.cat([source.take(f"{prefix}{name}.bias", out) for name, out in sizes]) if biased else None
+        return factory.build(*parts, bias=bias, gated=gated)
 
     def norm(name: str, width: int) -> RmsNorm:
         return RmsNorm(source.take(f"{prefix}{name}.weight", width), config.norm_eps)
@@ -206,7 +231,7 @@ def _load_layer(
         key_norm=head_norm("k_norm"),
         output=fused(["self_attn.o_proj"], [hidden], queries, config.output_bias),
         mlp_norm=norm("post_attention_layernorm", hidden),
-        gate_up=fused(["mlp.gate_proj", "mlp.up_proj"], [middle, middle], hidden, config.mlp_bias),
+        gate_up=fused(["mlp.gate_proj", "mlp.up_proj"], [middle, middle], hidden, config.mlp_bias, gated=True),
         down=fused(["mlp.down_proj"], [hidden], middle, config.mlp_bias),
     )
 

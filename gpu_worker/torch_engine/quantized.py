@@ -5,7 +5,6 @@ rounding is left. Rows are outputs, so parts of fused projections lie one below 
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,10 +33,18 @@ class Quantized:
         minimum = None if self.minimum is None else self.minimum.to(device)
         return Quantized(self.bits, self.values.to(device), self.scale.to(device), minimum)
 
+    def __getitem__(self, outputs: "slice | Tensor") -> "Quantized":
+        """Some rows: a view of a slice, a copy of those that a tensor names."""
+        minimum = None if self.minimum is None else self.minimum[outputs]
+        return Quantized(self.bits, self.values[outputs], self.scale[outputs], minimum)
+
+    def clone(self) -> "Quantized":
+        minimum = None if self.minimum is None else self.minimum.clone()
+        return Quantized(self.bits, self.values.clone(), self.scale.clone(), minimum)
+
     def rows(self, tokens: Tensor) -> Tensor:
         """(T,) -> (T, in) float32: an embedding's lookup."""
-        minimum = None if self.minimum is None else self.minimum[tokens]
-        return Quantized(self.bits, self.values[tokens], self.scale[tokens], minimum).dequantize()
+        return self[tokens].dequantize()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(out, in)"""
@@ -52,24 +59,3 @@ class Quantized:
 
 
 Weight = Tensor | Quantized
-
-
-def cat(parts: Sequence[Weight], dtype: torch.dtype) -> Weight:
-    """One below the other: quantised if all parts are so, and alike; else all in `dtype`."""
-    whole = [part for part in parts if isinstance(part, Quantized)]
-    kinds = {(part.bits, part.minimum is None) for part in whole}
-    if len(whole) == len(parts) and len(kinds) == 1:
-        minima = [part.minimum for part in whole if part.minimum is not None]
-        return Quantized(
-            whole[0].bits,
-            torch.cat([part.values for part in whole]),
-            torch.cat([part.scale for part in whole]),
-            torch.cat(minima) if minima else None,
-        )
-    return torch.cat([part.dequantize(dtype) if isinstance(part, Quantized) else part for part in parts])
-
-
-def is_finite(weight: Weight) -> bool:
-    """Whether every value is a number. A sum in float32 is none as soon as one of them is none."""
-    parts = (weight,) if isinstance(weight, Tensor) else (weight.scale, weight.minimum)
-    return all(bool(part.sum(dtype=torch.float32).isfinite()) for part in parts if part is not None)

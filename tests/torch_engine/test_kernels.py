@@ -14,14 +14,16 @@ from torch.nn import functional
 from gpu_worker.torch_engine.kernels.decoder import CompiledDecoder
 from gpu_worker.torch_engine.kernels.functions import exponential, silu
 from gpu_worker.torch_engine.kernels.operations import product_operations
+from gpu_worker.torch_engine.kernels.packing import BLOCKS, PackedFactory, pack
 from gpu_worker.torch_engine.kernels.products import ADD, GATED, KEEP
 from gpu_worker.torch_engine.kernels.program import OPERATION, STEP, Team, address, aligned
 from gpu_worker.torch_engine.kernels.ready import has_instructions, host_features, with_fresh_cache
 from gpu_worker.torch_engine.kernels.vectors import compiled, load, store
-from gpu_worker.torch_engine.kernels.weights import FORM_NAMES, PackedFactory, PackedWeight, pack
+from gpu_worker.torch_engine.kernels.weights import BLOCK_BYTES, FORM_NAMES, PackedWeight
 from gpu_worker.torch_engine.loader import load_weights
 from gpu_worker.torch_engine.model_config import parse_config
 from gpu_worker.torch_engine.quantized import Quantized, Weight
+from gpu_worker.torch_engine.stored import PIECE_VALUES, pieces
 from tests.torch_engine.tiny import tiny_model
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 11, 12, 40)
@@ -75,7 +77,7 @@ def rows() -> numpy.ndarray:
 def test_each_form_of_weight_multiplies_right_for_any_number_of_rows(form, outputs, team, rows):
     weight = make_weight(form, outputs)
     bias = torch.linspace(-1, 1, outputs)
-    packed = pack(weight, bias)
+    packed = pack(weight, bias=bias)
     assert packed.kind == form
     exact = torch.from_numpy(rows).double() @ whole(weight).double().T + bias.double()
     found = []
@@ -101,7 +103,7 @@ def test_sums_can_be_added_to_what_is_there(form, team, rows):
 def test_a_gate_and_its_up_projection_come_out_as_one(form, team, rows):
     weight = make_weight(form, 96)
     bias = torch.linspace(-1, 1, 96)
-    packed = pack(weight, bias).interleaved()
+    packed = pack(weight[:48], weight[48:], bias=bias, gated=True)
     product = torch.from_numpy(rows).double() @ whole(weight).double().T + bias.double()
     exact = functional.silu(product[:, :48]) * product[:, 48:]
     for count in ROWS:
@@ -233,3 +235,30 @@ def test_a_compiler_that_fails_twice_is_not_tried_forever(tmp_path: Path):
     with pytest.raises(OSError, match="no room"):
         with_fresh_cache(compile_all, tmp_path)
     assert len(calls) == 2
+
+
+def test_a_block_has_the_bytes_that_the_kernels_step_over():
+    assert [BLOCKS[form].itemsize for form in range(len(FORM_NAMES))] == list(BLOCK_BYTES)
+
+
+@pytest.mark.parametrize("form", FORM_NAMES)
+def test_parts_lie_one_below_the_other(form):
+    """As one weight: queries, keys and values are one product."""
+    weight = make_weight(form, 100)
+    bias = torch.linspace(-1, 1, 100)
+
+    parts, one = pack(weight[:48], weight[48:64], weight[64:], bias=bias), pack(weight, bias=bias)
+
+    assert (parts.form, parts.outputs) == (one.form, one.outputs)
+    assert parts.bias is not None and one.bias is not None
+    assert (parts.data == one.data).all() and (parts.bias == one.bias).all()
+
+
+def test_a_weight_of_many_pieces_is_packed_whole():
+    weight = torch.arange(16 * 40, dtype=torch.float32).view(-1, 1) + torch.arange(PIECE_VALUES // 128)
+    assert len(list(pieces(weight))) > 2
+
+    packed = pack(weight)
+
+    blocks = packed.data.view(numpy.float32).reshape(40, -1, 32, 16)
+    assert (blocks.transpose(0, 3, 1, 2).reshape(weight.shape) == weight.numpy()).all()

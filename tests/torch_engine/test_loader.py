@@ -9,8 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from gpu_worker.engine import EngineStartError
 from gpu_worker.torch_engine.config import TorchEngineConfig
+from gpu_worker.torch_engine.kernels.decoder import CompiledDecoder
 from gpu_worker.torch_engine.loader import log_progress, resume_digest
-from tests.torch_engine.tiny import CONFIG, request, run, tiny_engine, tiny_model
+from gpu_worker.torch_engine.model import Decoder
+from tests.torch_engine.tiny import CONFIG, embedding_of, request, run, tiny_engine, tiny_model
 
 LAYER = "model.layers.1.mlp.up_proj.weight"
 
@@ -94,6 +96,52 @@ def test_every_float_is_a_weight(tmp_path: Path, model_dir: Path, dtype: torch.d
 
     (tmp_path / "other.safetensors").replace(tmp_path / "model.safetensors")
     assert found == run(tiny_engine(tmp_path), [request("a", "hello")])["a"].tokens
+
+
+KERNELS = pytest.mark.parametrize("kernels", ["compiled", "torch"])
+
+
+@KERNELS
+@pytest.mark.parametrize(
+    ("factor", "stored", "kept"),
+    [
+        (1.0, torch.bfloat16, torch.bfloat16),
+        (2.0**-40, torch.float32, torch.bfloat16),  # below float16
+        (1.0, torch.float16, torch.float16),
+        (1.0, torch.float32, torch.float16),
+        (1 + 2.0**-20, torch.float32, torch.float32),
+    ],
+)
+def test_an_embedding_takes_two_bytes_a_number_where_that_is_exact(
+    tmp_path: Path, kernels: str, factor: float, stored: torch.dtype, kept: torch.dtype
+) -> None:
+    path = tiny_model(tmp_path) / "model.safetensors"
+    name, tokens = "model.embed_tokens.weight", torch.tensor([3, 0, 266, 3])
+    rows = (load_file(path)[name].bfloat16().half().float() * factor).to(stored)
+    rewrite(tmp_path, **{name: rows})
+
+    engine = tiny_engine(tmp_path, kernels=kernels)
+
+    assert embedding_of(engine).dtype == kept
+    model = engine.model
+    assert isinstance(model, CompiledDecoder | Decoder)
+    assert torch.equal(model.embed(tokens), rows[tokens].float())
+
+
+@KERNELS
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_nothing_that_is_kept_lies_in_the_file(tmp_path: Path, kernels: str, kind: str, tied: bool) -> None:
+    """A view would keep all of it mapped, and change with it."""
+    path = tiny_model(tmp_path, tie_word_embeddings=tied) / "model.safetensors"
+    save_file({name: tensor.to(getattr(torch, kind)) for name, tensor in load_file(path).items()}, path)
+
+    engine = tiny_engine(tmp_path, kernels=kernels)
+
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or str(path) not in maps.read_text()
+    path.write_bytes(bytes(path.stat().st_size))
+    assert run(engine, [request("a", "hello")])["a"].tokens
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

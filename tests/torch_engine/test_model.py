@@ -15,7 +15,7 @@ from gpu_worker.torch_engine.attention import reference_attend
 from gpu_worker.torch_engine.batch import Batch, build_batch
 from gpu_worker.torch_engine.config import BLOCK_TOKENS
 from gpu_worker.torch_engine.kernels.decoder import CompiledDecoder, supports
-from gpu_worker.torch_engine.kernels.weights import PackedFactory
+from gpu_worker.torch_engine.kernels.packing import PackedFactory
 from gpu_worker.torch_engine.kv_blocks import BlockPool
 from gpu_worker.torch_engine.linear import LinearFactory, half_exponent, probe_row_multiple
 from gpu_worker.torch_engine.loader import load_weights
@@ -218,7 +218,7 @@ def test_a_weight_is_held_as_float16_only_if_no_bit_is_lost() -> None:
         bias = torch.randn(40, generator=generator)
         x = torch.randn(5, 24, generator=generator)
         expected = functional.linear(x.double(), matrix.double(), bias.double())
-        torch.testing.assert_close(FACTORY.build(matrix, bias)(x).double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(FACTORY.build(matrix, bias=bias)(x).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_attention_pads_rows_to_what_the_probe_finds() -> None:

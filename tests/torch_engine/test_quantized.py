@@ -14,11 +14,13 @@ from gpu_worker.engine import EngineStartError
 from gpu_worker.gguf_blocks import Array, keep_blocks
 from gpu_worker.gguf_convert import unpermute
 from gpu_worker.model_files import resolve_model
-from gpu_worker.torch_engine.quantized import Quantized, cat
+from gpu_worker.torch_engine.quantized import Quantized
+from gpu_worker.torch_engine.stored import cat
 from tests.torch_engine.tiny import CONFIG, request, run, tiny_engine, tiny_model
 from tests.torch_engine.tiny_gguf import write_gguf
 
 Kind = gguf.GGMLQuantizationType
+CPU = torch.device("cpu")
 KEPT = (Kind.Q4_0, Kind.Q4_1, Kind.Q8_0)
 
 
@@ -87,7 +89,7 @@ def test_what_would_lose_a_bit_is_not_kept() -> None:
 def test_fused_parts_stay_quantised_if_they_are_alike() -> None:
     four, eight = quantized(random_blocks(Kind.Q4_1), Kind.Q4_1), quantized(random_blocks(Kind.Q8_0), Kind.Q8_0)
 
-    alike, mixed = cat([four, four], torch.float32), cat([four, eight], torch.float32)
+    alike, mixed = cat([four, four], torch.float32, CPU), cat([four, eight], torch.float32, CPU)
 
     assert isinstance(alike, Quantized)
     assert isinstance(mixed, torch.Tensor)

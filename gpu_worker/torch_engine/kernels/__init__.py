@@ -9,6 +9,7 @@
     program     a step as a list of operations that several threads work through together
     operations  which operations a layer is
     decoder     a model as such a program
+    packing     weights of a file into that form
 
 Compiling takes about half a minute, once: `python -m gpu_worker.torch_engine.kernels` does it ahead of the first start.
 The code is kept in a directory named by a digest of this room, since Numba itself notices changes of one file only.

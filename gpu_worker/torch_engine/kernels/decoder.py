@@ -62,7 +62,7 @@ class CompiledDecoder:
     ) -> None:
         """blocks: besides the null block. context: positions that a sequence may reach."""
         self.config = config
-        self._layers = [dataclasses.replace(layer, gate_up=layer.gate_up.interleaved()) for layer in weights.layers]
+        self._layers = weights.layers
         self.embedding, self._norm, self._head = weights.embedding, weights.norm, weights.head
         shape = (blocks + 1, config.kv_heads, BLOCK_TOKENS * config.head_dim)
         # Zeros that the system gives out page by page as they are written: a large pool is free until used.
@@ -73,7 +73,9 @@ class CompiledDecoder:
         half = self._rotary // 2
         self._cos, self._sin = cos[:, :half].contiguous().numpy(), sin[:, half:].contiguous().numpy()
         widest = max(config.hidden, config.intermediate, config.heads * config.head_dim)
-        self._team = Team(threads, max(4 * PANEL * widest, scratch_bytes(config.group, config.head_dim, context)))
+        self._team = Team(
+            threads, max(4 * PANEL * widest, scratch_bytes(config.heads, config.group, config.head_dim, context))
+        )
         weakref.finalize(self, self._team.close)
         self._buffers, self._program = LayerBuffers(config, 0), numpy.zeros(0, OPERATION)
         self._head_buffers: HeadBuffers | None = None
