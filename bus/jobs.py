@@ -3,6 +3,9 @@
 Built by `bus.chat_request` from OpenAI-style JSON; carried as msgpack in the job hash.
 """
 
+from collections.abc import Collection
+from typing import Literal
+
 import msgspec
 
 from bus.ids import ModelName
@@ -13,6 +16,9 @@ MAX_TOKENS_LIMIT = 1_000_000
 REPETITION_PENALTY_MIN = 0.01  # logits are divided by it: still smaller ones leave float32
 REPETITION_PENALTY_MAX = 2.0
 LOGPROBS_MAX = 20  # likeliest tokens shown beside each token; OpenAI's limit
+
+
+Capability = Literal["logprobs"]  # what a job may ask of its node that not every node can do
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -66,6 +72,16 @@ def encode_job(job: ChatJob) -> bytes:
 def decode_job(raw: bytes) -> ChatJob:
     """Raises msgspec.DecodeError (ValidationError included) on foreign bytes."""
     return _decoder.decode(raw)
+
+
+def needs_of(job: ChatJob) -> tuple[Capability, ...]:
+    return () if job.logprobs is None else ("logprobs",)
+
+
+def is_able(can: Collection[str] | None, cannot: Collection[str], needs: Collection[str]) -> bool:
+    """Whether a node can do what a job needs. can: what it says; None: it does not say, and is asked. cannot: what it
+    has refused to do a moment ago. Names beyond `Capability` are another release's."""
+    return all((can is None or need in can) and need not in cannot for need in needs)
 
 
 def estimate_prompt_tokens(job: ChatJob) -> int:

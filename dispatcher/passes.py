@@ -16,12 +16,12 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 
 from bus.cell import Cell
-from bus.codec.wire import Assigned, CellView, NotAssigned, QueuedJob, QueueView
+from bus.codec.wire import Assigned, CellView, Ended, NotAssigned, QueuedJob, QueueView
 from bus.ids import ModelName
 from bus.keys import PRIORITIES, QueueName, queue_model, queue_name
 from dispatcher.board import FRESH_MS, Board
 from dispatcher.paging import Pages
-from dispatcher.plan import ASSIGN_MAX, Choice, plan
+from dispatcher.plan import ASSIGN_MAX, Choice, plan, unserved
 from dispatcher.rank import Draw, Node, is_open
 from dispatcher.sharing import Share
 from dispatcher.views import to_nodes, to_pick
@@ -172,6 +172,7 @@ class Passes:
         take_over_ms = self._cell.settings.take_over_ms
         mine = [one for one in view.queues if one.queue in after or self.share.serves(one, view.now_ms, take_over_ms)]
         taken = await self._assign(plan(mine, nodes, view.now_ms, self._turn, self._draw))
+        await self._end_unserved(unserved(mine, view), taken)
         self._board.remember(view, nodes, self._clock_ms())
         more = self._note(view, queues, mine, nodes, taken)
         self._log(taken, "looked", sum(one.length for one in mine))
@@ -192,6 +193,14 @@ class Passes:
         for queue, outcomes in zip(by_queue, answers, strict=True):
             taken.count(queue, outcomes)
         return taken
+
+    async def _end_unserved(self, jobs: Sequence[tuple[QueueName, QueuedJob]], taken: "_Taken") -> None:
+        """No node can do what these ask for. The script looks again: a node may have come meanwhile."""
+        ends = await asyncio.gather(*(self._cell.end_unserved(job.job_id, job.fence) for _, job in jobs))
+        for (queue, job), end in zip(jobs, ends, strict=True):
+            if isinstance(end, Ended) and not end.earlier:
+                taken.settled[queue] = taken.settled.get(queue, 0) + 1
+                log.info("no node can do what the job asks for", extra={"job": job.job_id, "needs": job.needs})
 
     def _note(
         self,

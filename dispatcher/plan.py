@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
-from bus.codec.wire import QueuedJob, QueueView
+from bus.codec.wire import CellView, QueuedJob, QueueView
 from bus.ids import ModelName
+from bus.jobs import is_able
 from bus.keys import QueueName, queue_model, queue_priority
 from dispatcher.rank import Draw, Node, Score, is_open, promise, rank, rank_open
 
@@ -46,7 +47,7 @@ def plan(
     by_id = {node.node: node for every in nodes.values() for node in every}
     choices: list[Choice] = []
     for queue, model, job in in_turn(queues, turn):
-        ordinary = not (job.alone or job.avoid or job.resume)
+        ordinary = not (job.alone or job.avoid or job.resume or job.needs)
         if ordinary:
             ranked = rank_open(job, room.get(model, ()), draw)
         else:
@@ -76,6 +77,22 @@ def in_turn(queues: Sequence[QueueView], turn: int) -> Iterator[tuple[QueueName,
             for model, view in order:
                 if place < len(view.heads):
                     yield view.queue, model, view.heads[place]
+
+
+def unserved(queues: Sequence[QueueView], view: CellView) -> list[tuple[QueueName, QueuedJob]]:
+    """Jobs that wait in vain: a node of their model lives, and none that is known can do what they ask for.
+
+    One that is away counts, because it may come back; with none at all the jobs wait as all others do.
+    """
+    found: list[tuple[QueueName, QueuedJob]] = []
+    for queue in queues:
+        asking = [job for job in queue.heads if job.needs]
+        nodes = view.nodes_of(queue_model(queue.queue)) if asking else []
+        if any(node.alive and node.leased and node.state == "up" for node in nodes):
+            found += [
+                (queue.queue, job) for job in asking if not any(is_able(n.can, n.cannot, job.needs) for n in nodes)
+            ]
+    return found
 
 
 def shortlist(nodes: Sequence[Node], now_ms: int) -> list[Node]:

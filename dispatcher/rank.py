@@ -16,6 +16,7 @@ import msgspec
 
 from bus.codec.wire import QueuedJob
 from bus.ids import NodeId
+from bus.jobs import is_able
 
 FAILURE_COST_MS = 2_000.0  # what one failure costs a job: the first back-off (1 s) and about as long to notice it
 FAILURE_MAX = 0.95  # an EWMA of 1 would be an infinite penalty; such a node is the breaker's business
@@ -40,6 +41,8 @@ class Node(msgspec.Struct):
     probing: bool = False  # a probe is on its way
     alone: str = ""  # the job that has this node for itself, or for which it runs empty
     resume: str = ""  # digest of tokenizer and weights: goes on from token ids of nodes with the same one
+    can: Collection[str] | None = None  # see `bus.jobs.is_able`, like the next
+    cannot: Collection[str] = ()
     prompt_ms: float = 0.0  # per prompt token; this and the next two are derived, and kept for speed
     new_ms: float = 0.0  # per new token
     base_ms: float = 0.0  # the part of the cost that is the same for every job
@@ -91,6 +94,11 @@ def may_probe(node: Node, now_ms: int) -> bool:
     return node.breaker_until_ms <= now_ms and not node.probing
 
 
+def able(nodes: Iterable[Node], needs: Collection[str]) -> list[Node]:
+    """Nodes that can do what a job asks for."""
+    return [node for node in nodes if is_able(node.can, node.cannot, needs)]
+
+
 def not_avoided(nodes: Iterable[Node], avoided: Collection[NodeId]) -> list[Node]:
     """Nodes that failed a job are passed over only while another live node of the model has not failed it."""
     every = list(nodes)
@@ -108,7 +116,7 @@ def rank(job: QueuedJob, nodes: Iterable[Node], now_ms: int, draw: Draw, at_most
 
     Nodes within a hair of the best take random turns, so that dispatchers with the same view do not herd.
     """
-    allowed = not_avoided(nodes, job.avoid)
+    allowed = not_avoided(able(nodes, job.needs) if job.needs else nodes, job.avoid)
     if job.alone:
         return _rank_lone(job, allowed, now_ms)
     return rank_open(job, same_digest(job, [node for node in allowed if is_open(node, now_ms)]), draw, at_most)

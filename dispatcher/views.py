@@ -40,6 +40,8 @@ def to_node(view: NodeView, lone: Collection[JobId]) -> Node:
         view.breaker_probe != "",
         view.alone if view.alone in lone else "",
         view.resume,
+        view.can,
+        view.cannot,
     )
 
 

@@ -84,7 +84,7 @@ def refusal_error(refusal: Refusal, job: ChatJob, default_model: str) -> ApiErro
         case "idem_conflict":
             message = "this Idempotency-Key was used with another request body"
             return ApiError("idempotency_key_reused", message, param="Idempotency-Key")
-        case "queue_full" | "quota_full" | "uncovered":
+        case "queue_full" | "quota_full" | "uncovered" | "unsupported":
             return ApiError(refusal.code, refusal.reason, retry_after_ms=refusal.retry_after_ms or None)
         case _:
             return ApiError("unavailable", refusal.reason, retry_after_ms=refusal.retry_after_ms or None)

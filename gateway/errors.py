@@ -33,6 +33,7 @@ KINDS: Final[dict[str, Kind]] = {
     "missing_user_address": Kind(400, INVALID),
     "context_length_exceeded": Kind(400, INVALID),
     "bad_request": Kind(400, INVALID),  # an engine or node refused the request itself
+    "unsupported": Kind(400, INVALID),  # no node of the model can do what the request asks for
     "missing_api_key": Kind(401, INVALID, "invalid_api_key"),
     "invalid_api_key": Kind(401, INVALID),
     "insufficient_scope": Kind(403, "permission_error"),
@@ -166,6 +167,7 @@ JOB_ERROR_CODES: Final[dict[str, str]] = {
     "context_length_exceeded": "context_length_exceeded",
     "bad_request": "bad_request",
     "invalid_request": "bad_request",
+    "unsupported": "unsupported",
     "deadline": "deadline_exceeded",
     "deadline_exceeded": "deadline_exceeded",
     "cancelled": "cancelled",

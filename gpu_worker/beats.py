@@ -59,6 +59,7 @@ def make_beat(
         gpu_memory_gb=gpu_memory_gb,
         version=version,
         draining=draining,
+        can=info.can,
     )
 
 

@@ -27,6 +27,13 @@ from gpu_worker.engine import End, EngineInfo, EngineLoad, GenerateRequest, Piec
 
 RESUME_DIGEST = "echo-1"  # any echo engine continues the token ids of any other
 PREFILL_RATE = 1e6  # tokens/s: it reads a prompt as fast as Python splits words
+NO_LOGPROBS = End(
+    "error",
+    error_code="unsupported",
+    error_message="the echo engine has no log probabilities",
+    unable=True,
+    lacks="logprobs",
+)
 RATE_WINDOW_S = 0.25
 RATE_WEIGHT = 0.3
 
@@ -82,13 +89,14 @@ class EchoEngine:
             context_length=CONTEXT_LENGTH,
             capacity=self._capacity,
             resume_digest=RESUME_DIGEST,
+            can=(),
         )
 
     def submit(self, request: GenerateRequest) -> None:
         script = write_script(request.job, self._knobs)
         if request.job.logprobs is not None:
-            script = BadPrompt("bad_request", "logprobs: the echo engine has no log probabilities")
-        if isinstance(script, BadPrompt):
+            self._refused.append(_piece(request, 0, len(request.forced_text), b"", (), NO_LOGPROBS))
+        elif isinstance(script, BadPrompt):
             end = End("error", error_code=script.code, error_message=script.message, fault="client")
             self._refused.append(_piece(request, 0, len(request.forced_text), b"", (), end))
         else:

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from bus.jobs import ChatJob
+from bus.jobs import Capability, ChatJob
 
 SequenceId = str  # "<job id>/<fence>"
 
@@ -36,6 +36,8 @@ class End(msgspec.Struct, frozen=True):
     error_code: str = ""  # context_length_exceeded | bad_request | node_error | interrupted ...
     error_message: str = ""
     fault: Literal["", "client", "node"] = ""  # client: job fails at once; node: requeued elsewhere as node_error
+    unable: bool = False  # of an error: this engine cannot do what the job asks for, another one may
+    lacks: Capability | None = None  # and it can do this for no job, for now
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -73,6 +75,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     capacity: int
     resume_digest: str = ""  # "" = none; equal digests may exchange token ids
     layers: tuple[int, ...] = ()
+    can: tuple[Capability, ...] | None = None  # None: it does not say, and is asked for everything
 
 
 class Engine(Protocol):

@@ -22,16 +22,9 @@ import msgspec
 from bus.cell import Cell
 from bus.codec.entries import Assignment, parse_assignment, parse_control
 from bus.codec.events import ForeignEntry
-from bus.codec.wire import (
-    FinishReply,
-    FlushReply,
-    NotYours,
-    Renewed,
-    RequeueWhy,
-    Superseded,
-    attempt_of,
-)
+from bus.codec.wire import FinishReply, FlushReply, NotYours, Renewed, RequeueWhy, Superseded, attempt_of
 from bus.ids import Fence, Holder, JobId, NodeId
+from bus.jobs import Capability
 from bus.keys import WORKERS_GROUP
 from bus.link import Entry, LinkDown, LinkError, to_entry
 from bus.settings import Settings
@@ -294,8 +287,9 @@ class NodeService:
             self._refuse_rest(held)
         if piece.end is None or held is None:
             return piece.end is not None
-        if piece.end.reason == "error" and piece.end.fault == "node":
-            self._hand_back(held, "node_error", f"{piece.end.error_code}: {piece.end.error_message}")
+        if piece.end.reason == "error" and (piece.end.unable or piece.end.fault == "node"):
+            why: RequeueWhy = "unable" if piece.end.unable else "node_error"
+            self._hand_back(held, why, f"{piece.end.error_code}: {piece.end.error_message}", piece.end.lacks)
         elif held.overdue and piece.end.reason == "cancelled":
             held.end = msgspec.structs.replace(
                 piece.end, reason="error", error_code="deadline_exceeded", error_message="the job's deadline has passed"
@@ -434,17 +428,17 @@ class NodeService:
         assert self._group is not None
         self._group.create_task(work)
 
-    def _hand_back(self, held: Held, why: RequeueWhy, detail: str) -> None:
+    def _hand_back(self, held: Held, why: RequeueWhy, detail: str, lacks: Capability | None = None) -> None:
         """Give a job up; it stays listed until the server knows, so that nobody counts a crash."""
         self._publisher.drop(held.sequence)
         self._returning[held.sequence] = held
-        self._spawn(self._requeue(held, why, detail))
+        self._spawn(self._requeue(held, why, detail, lacks))
 
-    async def _requeue(self, held: Held, why: RequeueWhy, detail: str) -> None:
+    async def _requeue(self, held: Held, why: RequeueWhy, detail: str, lacks: Capability | None) -> None:
         try:
             for _ in range(HAND_BACK_TRIES):
                 try:
-                    outcome = await self._cell.requeue(held.job_id, held.fence, why, detail)
+                    outcome = await self._cell.requeue(held.job_id, held.fence, why, detail, lacks)
                 except LinkError as error:
                     log.warning("job not handed back yet", extra={"job": held.job_id, "error": str(error)})
                     await asyncio.sleep(self._settings.renew_ms / 1000)

@@ -125,12 +125,14 @@ class CellBase:
                 return answer
         return [b"not", b"moving"]
 
-    async def _requeue(self, job_id: JobId, fence: Fence, why: str, detail: str) -> Requeued | Ended | NotYours:
+    async def _requeue(
+        self, job_id: JobId, fence: Fence, why: str, detail: str, lacks: str = ""
+    ) -> Requeued | Ended | NotYours:
         """`why` may also be expired | down, which the script resolves to crash, unread or relay_lost."""
         settings = self.settings
         args: list[str | bytes | int] = [
             *(why, detail[:500], settings.backoff_ms, settings.node_errors_max, settings.crashes_max),
-            *(settings.breaker_ms, settings.breaker_max_ms),
+            *(settings.breaker_ms, settings.breaker_max_ms, lacks),
         ]
         answer = await self._change("requeue", job_id, args, fence)
         match answer[0]:

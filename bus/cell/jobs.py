@@ -13,12 +13,15 @@ from bus.cell.view import to_node_view
 from bus.codec.entries import parse_queued
 from bus.codec.events import ForeignEntry
 from bus.codec.fields import Fields, is_queue_name
+from bus.codec.spec import flags_of
 from bus.codec.wire import (
     NO_FENCE,
     Accepted,
     Assigned,
     CellView,
+    Ended,
     NotAssigned,
+    NotYours,
     Pick,
     QueuedJob,
     QueueView,
@@ -29,7 +32,7 @@ from bus.codec.wire import (
     parse_route,
 )
 from bus.ids import Fence, JobId
-from bus.jobs import encode_job
+from bus.jobs import encode_job, needs_of
 from bus.keys import QueueName, queue_model, queue_name
 from bus.link import Link, LinkClosed, LinkError, ServerError, to_entry
 from bus.scripts import load_script
@@ -150,14 +153,21 @@ class JobCalls(CellBase):
     async def assign(self, queue: QueueName, picks: Sequence[Pick]) -> list[Assigned | NotAssigned]:
         """Verify and reserve, up to 64 picks of one queue, answers in their order (longer lists are cut in calls).
 
-        The first named node that is alive, leased, not draining, not avoided (unless all live nodes of the model
-        are), serves the model, is not kept for another job, has a closed breaker (or a free probe) and has room
-        gets the job.
+        The first named node that is alive, leased, not draining, not avoided (unless all live nodes of the model that
+        can do what the job asks for are), serves the model, can do that, is not kept for another job, has a closed
+        breaker (or a free probe) and has room gets the job.
         """
         replies: list[Assigned | NotAssigned] = []
         for start in range(0, len(picks), PICKS_MAX):
             replies += await self._assign(queue, picks[start : start + PICKS_MAX])
         return replies
+
+    async def end_unserved(self, job_id: JobId, fence: Fence) -> Ended | NotYours:
+        """End a queued job of whose model's nodes none can do what it asks for; NotYours if one may."""
+        answer = await self._change("unserved", job_id, (), fence)
+        if answer[0] == b"ended":
+            return Ended(job_id, answer[1].decode(), earlier=len(answer) > 2)
+        return NotYours(job_id, "unknown" if answer[0] == b"unknown" else answer[1].decode())
 
     async def rate(self, address: str, per_minute: int) -> int:
         """Take one request of the address' allowance: 0 = allowed, else ms to wait. per_minute 0 = no limit."""
@@ -244,7 +254,7 @@ class JobCalls(CellBase):
         names += (own, out, gateway_jobs, quota, keys.idem(s.tenant, s.idem_key) if s.idem_key else own)
         names.append(keys.text(s.job_id, make_fence(s.attempt_floor, "r")) if s.redrive else own)
         names.append(keys.payload(s.job_id) if len(payload) > PAYLOAD_INLINE_MAX else own)
-        flags = ("s" if s.job.stream else "") + ("l" if s.job.logprobs is not None else "")
+        flags = ("s" if s.job.stream else "") + flags_of(needs_of(s.job))
         args += (s.job_id, s.route.encode(), s.policy, flags)
         args += (secrets.randbits(31) if seed is None else seed, s.est_prompt, s.est_new, payload, s.deadline_in_ms)
         idem = b"%d %b" % (self.settings.idem_extra_ms, record) if record else b""
@@ -348,7 +358,8 @@ REASONS = {
     "queue_full": "{figure} jobs are waiting for {model}",
     "full": "more than {figure} entries wait at the front door",
     "no_model": "no node serves the model {model}",
-    "no_node": "{figure} node(s) served the model {model}, but none is alive",
+    "no_node": "{figure} node(s) served the model {model}{detail}, but none is alive",
+    "unsupported": "{detail}: no node that serves the model {model} can do it",
     "uncovered": "no node serves the whole model {model}, and of its {figure} layers these are uncovered: {detail}",
     "bad_reply": "the key of the reply stream holds a {detail}",
 }  # `admit` says the same to a plain producer

@@ -3,12 +3,13 @@
 import math
 from typing import Any, cast
 
+from bus.codec.node_events import parse_can
 from bus.codec.wire import NODE_STATES, NodeState, NodeView
 from bus.ids import NodeId
 
 SHORT_FIELDS = (
     *("owner", "state", "kind", "models", "capacity", "prefill_rate", "decode_rate", "failure", "breaker_n"),
-    *("breaker_until", "alone", "alone_until", "beat_ms", "resume", "breaker_probe"),
+    *("breaker_until", "alone", "alone_until", "beat_ms", "resume", "can", "cannot", "breaker_probe"),
 )
 FULL_FIELDS = (
     *("epoch", "layers", "layer_count", "whole", "context_length", "ok", "failed", "client_errors", "api_url", "api"),
@@ -77,6 +78,8 @@ def to_node_view(raw: list[Any]) -> NodeView:
         loop_lag_ms=real("loop_lag_ms"),
         loop_lag_max_ms=real("loop_lag_max_ms"),
         breaker_probe=values.get("breaker_probe", ""),
+        can=parse_can(values["can"]),
+        cannot=tuple(values["cannot"].split()),
     )
 
 

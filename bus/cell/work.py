@@ -21,6 +21,7 @@ from bus.codec.wire import (
     parse_route,
 )
 from bus.ids import Fence, Holder, JobId, NodeId
+from bus.jobs import Capability
 
 
 class WorkCalls(CellBase):
@@ -78,13 +79,14 @@ class WorkCalls(CellBase):
                 args += (at, p.logprobs_offset, p.logprobs)
 
     async def requeue(
-        self, job_id: JobId, fence: Fence, why: RequeueWhy, detail: str = ""
+        self, job_id: JobId, fence: Fence, why: RequeueWhy, detail: str = "", lacks: Capability | None = None
     ) -> Requeued | Ended | NotYours:
         """Hand a running attempt back by the rules of design 3.3 (counts, alone, avoid list, back-off, dead letter).
 
         A cancelled or late job ends instead. `detail` goes to the log, the events and the final error message.
+        lacks: what the node of an `unable` can do for no job, so that others of this kind need not try it.
         """
-        return await self._requeue(job_id, fence, why, detail)
+        return await self._requeue(job_id, fence, why, detail, lacks or "")
 
     async def hand_back(self, job_id: JobId, fence: Fence, entry_owner: Holder) -> Requeued | Ended | NotYours:
         """A worker read an entry addressed to another owner: requeue it as `unread`."""

@@ -249,6 +249,7 @@ def _parse_wake(fields: Fields) -> Wake:
         read.count(fields, "est_prompt"),
         read.count(fields, "est_new"),
         read.moment(fields, "deadline"),
+        needs=read.capabilities(fields, "needs"),
     )
     return Wake(queue, job_id, head)
 
@@ -269,4 +270,5 @@ def _parse_queued(entry_id: str, fields: Fields) -> QueuedJob:
         alone=fields["alone"] == b"1",
         avoid=read.node_ids(fields, "avoided"),
         resume=read.digest(fields, "resume"),
+        needs=read.capabilities(fields, "needs"),
     )

@@ -11,13 +11,14 @@ from typing import Literal
 
 import msgspec
 
-from bus.codec.fields import COUNT_MAX, MOMENT_MAX, is_digest, is_holder, is_out
+from bus.codec.fields import COUNT_MAX, MOMENT_MAX, is_capability, is_digest, is_holder, is_out
 from bus.ids import Holder, NodeId, is_model_name, is_node_id
 
 EVENT_VERSION = 1
 EPOCH_LEAD_MS = 30 * 86_400_000  # an epoch is a server's time; one further ahead of its entry would shut the node's
 # next owners out, because theirs must be greater. Generous: a clock that went back must not.
 LAYERS_MAX = 65_536
+CAPABILITIES_MAX = 16
 TEXT_MAX = 2_048  # characters of an address, an id, a version
 
 
@@ -52,6 +53,7 @@ class NodeBeat(msgspec.Struct, frozen=True, omit_defaults=True, tag="beat"):
     gpu_memory_gb: float = 0.0
     version: str = ""
     draining: bool = False
+    can: tuple[str, ...] | None = None  # of `bus.jobs.Capability`, or a later release's; None: it does not say
 
 
 class NodeRegistered(msgspec.Struct, frozen=True, omit_defaults=True, tag="register"):
@@ -70,6 +72,7 @@ class NodeRegistered(msgspec.Struct, frozen=True, omit_defaults=True, tag="regis
     api: Literal["", "openai", "simple"] = ""  # "" = the relay finds out
     answer_to: str = ""  # out-stream "gateway:<id>" that waits for `type=reply`
     answer_id: str = ""
+    can: tuple[str, ...] | None = None  # as in a beat; None: found out by asking
 
 
 class HttpBeat(msgspec.Struct, frozen=True, omit_defaults=True, tag="http_beat"):
@@ -161,6 +164,8 @@ def _check_capabilities(event: NodeBeat | NodeRegistered) -> None:
         raise ForeignEntry("layers must be at most 4096 numbers of 0..65535")
     if not 0 <= event.layer_count <= LAYERS_MAX:
         raise ForeignEntry("layer_count must be 0..65536")
+    if len(event.can or ()) > CAPABILITIES_MAX or not all(map(is_capability, event.can or ())):
+        raise ForeignEntry(f"can must be at most {CAPABILITIES_MAX} names of [a-z0-9_]{{1,32}}")
     _check_counts(context_length=event.context_length)
     _check_figures(gpu_memory_gb=event.gpu_memory_gb)
 

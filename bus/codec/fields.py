@@ -23,6 +23,7 @@ _is_entry_id = re.compile(r"\d{1,20}-\d{1,20}", re.ASCII).fullmatch
 _is_out = re.compile(r"(?:gateway|reply):[A-Za-z0-9_.:-]{1,160}").fullmatch
 _is_holder = re.compile(r"[A-Za-z0-9_.:-]{1,160}").fullmatch
 _is_digest = re.compile(r"[!-~]{0,160}").fullmatch
+_is_capability = re.compile(r"[a-z0-9_]{1,32}").fullmatch
 _is_job_id = JOB_ID_PATTERN.fullmatch
 
 
@@ -93,6 +94,14 @@ def node_ids(fields: Fields, name: str) -> tuple[NodeId, ...]:
     return tuple(map(NodeId, words))
 
 
+def capabilities(fields: Fields, name: str) -> tuple[str, ...]:
+    """Names, perhaps of a later release; none if there is no such field."""
+    words = tuple(fields.get(name, b"").decode().split())
+    if not all(map(is_capability, words)):
+        raise ValueError(f"{name} holds what is no capability")
+    return words
+
+
 def digest(fields: Fields, name: str) -> str:
     word = fields[name].decode()
     if not is_digest(word):
@@ -112,6 +121,11 @@ def is_holder(word: str) -> bool:
 
 def is_digest(word: str) -> bool:
     return _is_digest(word) is not None
+
+
+def is_capability(word: str) -> bool:
+    """Names of capabilities stand between blanks, and before a colon."""
+    return _is_capability(word) is not None
 
 
 @lru_cache(NAMES_KEPT)

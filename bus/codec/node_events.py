@@ -9,6 +9,7 @@ from bus.keys import CellKeys
 from bus.settings import Settings
 
 Words = list[str | bytes | int]
+NOTHING = "-"
 
 _SCRIPTS: dict[type, str] = {
     NodeBeat: "apply_beat",
@@ -80,6 +81,7 @@ def beat_fields(event: NodeBeat) -> Words:
         *("drafted", event.drafted, "accepted", event.accepted),
         *("loop_lag_ms", f"{event.loop_lag_ms:.1f}", "loop_lag_max_ms", f"{event.loop_lag_max_ms:.1f}"),
         *("gpu_memory_gb", f"{event.gpu_memory_gb:g}", "version", event.version, "api_url", ""),
+        *("can", _words(event.can)),
     ]
 
 
@@ -88,8 +90,17 @@ def registered_fields(event: NodeRegistered) -> Words:
         *("models", " ".join(event.models), "capacity", event.capacity, "whole", "1"),
         *("layers", _join(event.layers or ()), "layer_count", event.layer_count),
         *("context_length", event.context_length, "resume", "", "api_url", event.api_url, "api", event.api),
-        *("gpu_memory_gb", f"{event.gpu_memory_gb:g}"),
+        *("gpu_memory_gb", f"{event.gpu_memory_gb:g}", "can", _words(event.can)),
     ]
+
+
+def _words(can: Sequence[str] | None) -> str:
+    """A hyphen for nothing; empty: it does not say. `parse_can` reads it."""
+    return "" if can is None else " ".join(can) or NOTHING
+
+
+def parse_can(text: str) -> tuple[str, ...] | None:
+    return tuple(word for word in text.split() if word != NOTHING) if text else None
 
 
 def _join(layers: Sequence[int]) -> str:

@@ -1,10 +1,18 @@
 """What is fixed of a job at its submit, and travels with it as one text. `_base.lua` describes it too."""
 
+from collections.abc import Iterable
+
 import msgspec
 
 from bus.codec.fields import COUNT_MAX, MOMENT_MAX, within
+from bus.jobs import Capability
 
 SEED_MAX = 2**63 - 1
+FLAG_OF: dict[Capability, str] = {"logprobs": "l"}  # among the flags; `_able.lua` says the same
+
+
+def flags_of(needs: Iterable[Capability]) -> str:
+    return "".join(FLAG_OF[need] for need in needs)
 
 
 class Spec(msgspec.Struct, frozen=True):
@@ -33,5 +41,5 @@ def parse_spec(text: str) -> Spec:
         deadline_ms=within(int(deadline), MOMENT_MAX),
         est_prompt=within(int(est_prompt), COUNT_MAX),
         est_new=within(int(est_new), COUNT_MAX),
-        logprobs="l" in flags,
+        logprobs=FLAG_OF["logprobs"] in flags,
     )

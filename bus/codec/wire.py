@@ -19,7 +19,7 @@ JobState = Literal["queued", "running", "done", "failed", "cancelled", "duplicat
 NodeState = Literal["starting", "up", "draining", "bye"]
 NODE_STATES: frozenset[str] = frozenset({"starting", "up", "draining", "bye"})
 TERMINAL_STATES: frozenset[str] = frozenset({"done", "failed", "cancelled", "duplicate"})
-RequeueWhy = Literal["crash", "node_error", "drain", "unread", "relay_lost"]
+RequeueWhy = Literal["crash", "node_error", "unable", "drain", "unread", "relay_lost"]
 Policy = Literal["cancel", "keep"]  # what becomes of the job when its gateway is gone
 
 NO_FENCE = Fence("0.0")  # of a job that was never assigned
@@ -123,7 +123,8 @@ class Refused(msgspec.Struct, frozen=True):
     """Nothing was written.
 
     code: queue_full | quota_full | no_model (nobody ever served it) | no_node (known, but no node is alive) |
-    uncovered (only parts of the model are served; the reason names the missing layers) | idem_conflict (same key,
+    uncovered (only parts of the model are served; the reason names the missing layers) | unsupported (of the nodes that
+    serve the model none can do what the job asks for; the reason names it) | idem_conflict (same key,
     another body) | memory_full | bad_reply | full (the front door).
     """
 
@@ -148,6 +149,7 @@ class QueuedJob(msgspec.Struct, frozen=True):
     alone: bool = False  # crashed twice: runs on an empty node only, see `assign`
     avoid: tuple[NodeId, ...] = ()  # passed over only while another live node of the model is not avoided
     resume: str = ""  # digest whose nodes can go on from its token ids; "" = no progress, or text only
+    needs: tuple[str, ...] = ()  # what its node must be able to do
 
     @property
     def queued_ms(self) -> int:
@@ -205,6 +207,8 @@ class NodeView(msgspec.Struct, frozen=True):
     loop_lag_ms: float = 0.0  # of its worker's event loop, 99th percentile of the last seconds, and the longest
     loop_lag_max_ms: float = 0.0
     breaker_probe: str = ""  # job/fence that tries the node out
+    can: tuple[str, ...] | None = None  # what it says that it can do; None: it does not say
+    cannot: tuple[str, ...] = ()  # what it has refused to do a moment ago
 
     def usable(self, now_ms: int) -> bool:
         """Whether `assign` would consider it now, room left aside."""

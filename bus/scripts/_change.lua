@@ -1,4 +1,4 @@
--- use: _event _node
+-- use: _event _node _able
 -- What requeue, cancel, expire and release share: the keys of one job, wherever it is, and its end.
 -- The caller has read fence, route and place from the job; when they have changed since, `moved`: read again.
 local job_key, out_key, set_key, usage_key, quota_key, payload_key, text_key, tokens_key, deadlines_key, late_key,
@@ -115,9 +115,11 @@ local function enqueue(due)
     call('ZADD', late_key, due, job_id)
   else
     local resume = job.resume ~= '' and call('STRLEN', tokens_key) > 0 and job.resume or ''
+    local needs = needs_of(flags)
+    local asks = needs and {'needs', concat(needs, ' ')} or {}
     entry = call('XADD', again_key, '*', 'job', job_id, 'fence', fence, 'out', out_of(route), 'est_prompt',
       job.est_prompt, 'est_new', job.est_new, 'deadline', job.deadline, 'alone', job.alone, 'avoided', job.avoid,
-      'resume', resume)
+      'resume', resume, unpack(asks))
     call('SADD', queues_key, name)
   end
   call('HSET', job_key, 'state', 'queued', 'place', entry == '' and 'queue ' .. name or 'queue ' .. name .. ' ' .. entry,

@@ -1,3 +1,4 @@
+-- use: _able
 -- New jobs of one queue, for `submit` and `admit`.
 -- KEYS 1..6 queue, wake, deadlines, queues, model, events, then a job's job, out, gateway's set, quota, idem, text, payload;
 -- where it has none of them, the job's own key.
@@ -17,6 +18,7 @@ local function job_at(k)
   j.id, j.route, j.policy, j.stream, j.seed, j.est_prompt, j.est_new, j.payload, j.deadline_in, j.deadline_at, j.quota_max,
     j.idem, j.redrive, j.floor, j.shown, j.gateway = unpack(ARGV, from + 1, from + ARGS_EACH)
   j.idem_extra, j.idem = string.match(j.idem, '^(%d+) (.+)$')
+  j.needs = needs_of(j.stream)
   return j
 end
 
@@ -69,6 +71,15 @@ local function no_server(node_ttl)
   return {known > 0 and 'no_node' or 'no_model', node_ttl, '', known}
 end
 
+-- The same where living nodes serve the model, and none of them can do what the job asks for.
+local function no_able(needs, node_ttl)
+  local known = count_able(prefix, model, needs, '-inf', 1000)
+  if known > 0 then
+    return {'no_node', node_ttl, ' with ' .. concat(needs, ', '), known}
+  end
+  return {'unsupported', 0, concat(needs, ', '), 0}
+end
+
 -- Jobs that the model's living nodes ended per second of the last half minute: 64 of them speak for all.
 local rate
 local function done_rate()
@@ -106,6 +117,9 @@ local function refusal(j, waiting)
   if not served then
     return no_server(tonumber(ARGV[5]))
   end
+  if j.needs and count_able(prefix, model, j.needs, now - ARGV[5], 1) == 0 then
+    return no_able(j.needs, tonumber(ARGV[5]))
+  end
   if waiting >= tonumber(ARGV[4]) then
     return {'queue_full', wait_for(waiting * 0.1), '', waiting}
   end
@@ -138,8 +152,9 @@ local function create(j)
   end
   j.fence = j.floor .. (j.redrive == '1' and '.r' or '.0')
   j.deadline = deadline
+  j.asks = j.needs and {'needs', concat(j.needs, ' ')} or {}
   j.entry = call('XADD', queue_key, '*', 'job', j.id, 'fence', j.fence, 'out', out_of(j.route), 'est_prompt', j.est_prompt,
-    'est_new', j.est_new, 'deadline', deadline, 'alone', '', 'avoided', '', 'resume', '')
+    'est_new', j.est_new, 'deadline', deadline, 'alone', '', 'avoided', '', 'resume', '', unpack(j.asks))
   local big = #j.payload > 8192
   local flags = j.stream .. (j.idem and 'i' or '') .. (big and 'b' or '')
   call('HSET', j.key, 'state', 'queued', 'fence', j.fence, 'route', j.route, 'place', 'queue ' .. queue .. ' ' .. j.entry,
@@ -190,7 +205,8 @@ local function announce(last)
   call('SADD', queues_key, queue)
   if #deadlines == 2 then
     call('XADD', wake_key, 'MAXLEN', '~', 1000, '*', 'queue', queue, 'job', last.id, 'entry', last.entry, 'fence', last.fence,
-      'out', out_of(last.route), 'est_prompt', last.est_prompt, 'est_new', last.est_new, 'deadline', last.deadline)
+      'out', out_of(last.route), 'est_prompt', last.est_prompt, 'est_new', last.est_new, 'deadline', last.deadline,
+      unpack(last.asks))
   else
     call('XADD', wake_key, 'MAXLEN', '~', 1000, '*', 'queue', queue, 'job', last.id)
   end

@@ -1,6 +1,8 @@
--- One node as the dispatcher and the status see it. The short list comes first in the full one; its last is the probe.
+-- use: _able
+-- One node as the dispatcher and the status see it. The short list comes first in the full one; its last are what the
+-- node has refused to do, and the probe.
 local SHORT = {'owner', 'state', 'kind', 'models', 'capacity', 'prefill_rate', 'decode_rate', 'failure', 'breaker_n',
-  'breaker_until', 'alone', 'alone_until', 'beat_ms', 'resume', 'breaker_probe'}
+  'breaker_until', 'alone', 'alone_until', 'beat_ms', 'resume', 'can', 'cannot', 'breaker_probe'}
 local FULL = {'epoch', 'layers', 'layer_count', 'whole', 'context_length', 'ok', 'failed', 'client_errors', 'api_url',
   'api', 'key_id', 'gpu_memory_gb', 'version', 'waiting', 'free_blocks', 'total_blocks', 'drafted', 'accepted',
   'loop_lag_ms', 'loop_lag_max_ms'}
@@ -30,6 +32,7 @@ local function view(prefix, id, names)
   if filled(fields[#SHORT]) and not call('ZSCORE', key .. ':running', fields[#SHORT]) then
     fields[#SHORT] = ''
   end
+  fields[#SHORT - 1] = standing(fields[#SHORT - 1])
   local prompt = floor(promised / 10000000)
   local out = {id, call('EXISTS', key .. ':alive'), (lease and tonumber(lease) > now) and 1 or 0, running, prompt,
     promised - prompt * 10000000}

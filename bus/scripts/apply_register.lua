@@ -22,7 +22,7 @@ end
 local status = decide()
 if status == 'applied' then
   call('HSET', node_key, 'epoch', epoch, 'state', 'up', 'beat_id', beat_id, 'beat_ms', beat_ms, 'kind', 'http', 'key_id', ARGV[7],
-    'breaker_n', 0, 'breaker_until', 0, 'breaker_probe', '', 'failure', 0, 'drained_by', '', unpack(ARGV, 12))
+    'breaker_n', 0, 'breaker_until', 0, 'breaker_probe', '', 'failure', 0, 'drained_by', '', 'cannot', '', unpack(ARGV, 12))
   revive(8, tonumber(ARGV[11]), true)
 end
 if status == 'again' then

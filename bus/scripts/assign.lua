@@ -1,3 +1,4 @@
+-- use: _able
 -- Reserve a node for each of up to 64 queued jobs. First all is read and decided, then written, deletions first.
 -- KEYS leases, queue, then 4 a node (hash, running, load, jobs), then a pick's job and out, and, if it has been tried
 -- before, the text and tokens of the old fence and of the new one, and its log probabilities of both.
@@ -8,14 +9,6 @@ local prefix, model = ARGV[1], ARGV[2]
 local unread_ms, alone_ms, out_ttl, load_ttl = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local node_count = tonumber(ARGV[7])
 local nodes = {}
-
-local function is_live(key, owner)
-  if not filled(owner) or call('EXISTS', key .. ':alive') == 0 then
-    return false
-  end
-  local lease = call('ZSCORE', leases_key, owner)
-  return lease and tonumber(lease) > now
-end
 
 -- Who has the node for himself: the job that waits for it to run empty, or runs alone on it. nil = nobody.
 local function kept_for(key, id, running_key, alone, alone_until)
@@ -36,12 +29,12 @@ local function load_node(index)
   local base = 2 + (index - 1) * 4
   local key = KEYS[base + 1]
   local h = call('HMGET', key, 'owner', 'state', 'models', 'capacity', 'resume', 'alone', 'alone_until', 'breaker_n',
-    'breaker_until', 'breaker_probe')
+    'breaker_until', 'breaker_probe', 'can', 'cannot')
   local id = ARGV[7 + index]
   local n = {id = id, key = key, running_key = KEYS[base + 2], load_key = KEYS[base + 3], jobs_key = KEYS[base + 4],
-    owner = h[1], resume = h[5] or '', scores = {}, loads = {}}
+    owner = h[1], resume = h[5] or '', can = h[11], cannot = h[12], scores = {}, loads = {}}
   nodes[index] = n
-  n.live = h[2] == 'up' and has_word(h[3], model) and is_live(key, h[1])
+  n.live = h[2] == 'up' and has_word(h[3], model) and is_live(prefix, key, h[1])
   if not n.live then
     return n
   end
@@ -59,30 +52,16 @@ local function node_at(index)
   return nodes[index] or load_node(index)
 end
 
--- Whether any live node of the model is not avoided, named by the caller or not; who beat last comes first.
-local function another_lives(avoid)
-  for _, id in ipairs(call('ZRANGE', prefix .. 'model:' .. model, 0, 255, 'REV')) do
-    if not has_word(avoid, id) then
-      local key = prefix .. 'node:' .. id
-      local h = call('HMGET', key, 'owner', 'state', 'models')
-      if h[2] == 'up' and has_word(h[3], model) and is_live(key, h[1]) then
-        return true
-      end
-    end
-  end
-  return false
-end
-
 local function may_take(n)
   return n.live and not n.shut and n.running < n.capacity
 end
 
 -- The node for a job that must run alone. Second answer: it waits for that node to run empty.
-local function choose_alone(job_id, indexes)
+local function choose_alone(job_id, indexes, needs)
   local mine, first
   for _, index in ipairs(indexes) do
     local n = node_at(index)
-    if n.live and not n.shut and n.capacity > 0 then
+    if n.live and not n.shut and n.capacity > 0 and is_able(n.can, n.cannot, needs) then
       if n.alone == job_id then
         mine = mine or n
       elseif not n.alone then
@@ -102,11 +81,11 @@ local function choose_alone(job_id, indexes)
   return n, n.running > 0
 end
 
-local function choose(avoid, indexes)
-  local passed_over = filled(avoid) and another_lives(avoid)
+local function choose(avoid, indexes, needs)
+  local passed_over = filled(avoid) and another_lives(prefix, model, avoid, needs)
   for _, index in ipairs(indexes) do
     local n = node_at(index)
-    if may_take(n) and not n.alone and not (passed_over and has_word(avoid, n.id)) then
+    if may_take(n) and not n.alone and not (passed_over and has_word(avoid, n.id)) and is_able(n.can, n.cannot, needs) then
       return n
     end
   end
@@ -148,17 +127,18 @@ for i = 1, pick_count do
   else
     local n, waits, late
     local _, flags, _, _, _, deadline, est_prompt, est_new = string.match(h[5], SPEC)
+    local needs = needs_of(flags)
     p.streams, p.scored = find(flags, 's', 1, true), find(flags, 'l', 1, true)
     if tonumber(deadline) <= now then
       late = true
     elseif filled(h[7]) then
-      n, waits = choose_alone(job_id, indexes)
+      n, waits = choose_alone(job_id, indexes, needs)
       if n then
         n.alone = job_id
         marks[#marks + 1] = {n.key, job_id}
       end
     else
-      n = choose(h[8], indexes)
+      n = choose(h[8], indexes, needs)
     end
     if late then
       answers[i] = {'deadline'}

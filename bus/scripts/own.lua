@@ -20,7 +20,7 @@ end
 -- Not alive before its first beat says that it can serve.
 call('DEL', KEYS[4])
 call('HSET', KEYS[1], 'owner', holder, 'epoch', epoch, 'state', 'starting', 'breaker_n', 0, 'breaker_until', 0,
-  'breaker_probe', '', 'alone', '', 'beat_id', '')
+  'breaker_probe', '', 'alone', '', 'cannot', '', 'beat_id', '')
 call('PEXPIRE', KEYS[1], ARGV[4])
 call('ZADD', KEYS[2], now + ARGV[3], holder)
 -- Listed from here on, so that the keys of one that never beats are removed in the end.

@@ -1,10 +1,12 @@
 -- use: _change
 -- Hand a running attempt back. The only rule that retries a job.
--- why: crash | node_error | drain | unread | relay_lost, or `expired` and `down`, which are resolved here.
+-- why: crash | node_error | unable | drain | unread | relay_lost, or `expired` and `down`, which are resolved here.
+-- lacks: what the node of an `unable` cannot do for any job, '' if only this one was refused.
 -- Answers {'requeued', why, due, alone}, {'ended', state}, {'ended', state, 'earlier'}, {'not', state}, {'moved'}, {'unknown'}.
 local why, detail = ARGV[11], ARGV[12]
 local backoff_ms, node_errors_max, crashes_max, breaker_ms, breaker_max = tonumber(ARGV[13]), tonumber(ARGV[14]),
   tonumber(ARGV[15]), tonumber(ARGV[16]), tonumber(ARGV[17])
+local lacks = ARGV[18]
 
 local function is_held()
   local score = call('ZSCORE', running_key, member)
@@ -26,7 +28,7 @@ elseif job.state ~= 'running' or (why == 'expired' and is_held()) then
   return {'not', job.state}
 end
 
-local avoid_node = why == 'node_error'
+local avoid_node = why == 'node_error' or why == 'unable'
 if why == 'expired' or why == 'down' then
   if job.started == '' and not (why == 'down' and was_read()) then
     -- A worker that lives but does not read must not get the same job again and again.
@@ -54,6 +56,42 @@ if job.cancel ~= '' then
   return end_job('cancelled', 'cancelled', '', '')
 elseif tonumber(job.deadline) <= now then
   return end_job('failed', 'error', 'deadline_exceeded', 'the deadline passed before the job could be run again')
+end
+
+if avoid_node and not has_word(job.avoid, node) then
+  job.avoid = job.avoid == '' and node or job.avoid .. ' ' .. node
+end
+
+-- The node is not asked for this again for a while: others of its kind go elsewhere, or are refused at once.
+local function note_refusal()
+  if lacks == '' or call('EXISTS', node_key) == 0 then
+    return
+  end
+  local words = {lacks .. ':' .. now + breaker_max}
+  for name, until_ms in string.gmatch(call('HGET', node_key, 'cannot') or '', '(%S+):(%d+)') do
+    if name ~= lacks and tonumber(until_ms) > now then
+      words[#words + 1] = name .. ':' .. until_ms
+    end
+  end
+  call('HSET', node_key, 'cannot', concat(words, ' '))
+end
+
+-- The job is not sent back to who has refused it: without another live node that can do it, it ends. A node that is left
+-- out from now on needs not be avoided as well, and then one that is only avoided for an error may have the job.
+local needs, shunned = needs_of(flags), lacks ~= '' and node or job.avoid
+if why == 'unable' and not another_lives(prefix, job.model, shunned, needs) then
+  local asked = concat(needs or {}, ', ')
+  local away = count_able(prefix, job.model, needs, '-inf', 1, shunned) > 0
+  local ended
+  if away then
+    ended = end_job('failed', 'error', 'no_node', asked .. ': no other node of the model ' .. job.model .. ' is alive')
+  else
+    ended = end_job('failed', 'error', 'unsupported', unsupported(asked, job.model) .. ' (' .. node .. ': ' .. detail .. ')')
+  end
+  note_refusal()
+  account(node_key, 0, 0, 1, 0, 0)
+  report(events_key, 'refused', job_id, away and 'no_node' or 'unsupported', node .. ': ' .. detail)
+  return ended
 end
 
 local crashes = (tonumber(job.crashes) or 0) + (counted == 'crash' and 1 or 0)
@@ -90,9 +128,6 @@ local due = 0
 if counted == 'node_error' then
   due = now + backoff_ms * 2 ^ (errors - 1)
 end
-if avoid_node and not has_word(job.avoid, node) then
-  job.avoid = job.avoid == '' and node or job.avoid .. ' ' .. node
-end
 if crashes >= 2 then
   job.alone = '1'
 end
@@ -100,5 +135,6 @@ call('HSET', job_key, 'crashes', crashes, 'node_errors', errors, 'relay_losses',
   'alone', job.alone)
 enqueue(due)
 account_failure()
+note_refusal()
 report(events_key, 'requeued', job_id, why, node .. ': ' .. detail)
 return {'requeued', why, due, job.alone}

@@ -9,9 +9,10 @@ import aiohttp
 import msgspec
 
 from bus.ids import JobId, NodeId
+from bus.jobs import Capability
 from gpu_worker.engine import End, EngineInfo, EngineLoad, GenerateRequest, Piece, SequenceId
 from gpu_worker.relay_engine.call import NodeCalls, RelayLimits
-from gpu_worker.relay_engine.faults import CallFailed, NoLogprobs
+from gpu_worker.relay_engine.faults import CallFailed, NoLogprobs, no_logprobs
 from gpu_worker.relay_engine.meter import Meter
 from gpu_worker.relay_engine.outbox import Outbox
 from gpu_worker.relay_engine.refusals import Refusals
@@ -63,6 +64,7 @@ class RelayEngine:
         self._outbox = Outbox()
         self._meter = Meter()
         self._refusals = Refusals()
+        self._scores = False  # it has given log probabilities since it was taken
         self._speaker = NodeSpeaker(node.id, node.api_url, NodeCalls(session, limits), self._meter)
         self._slots = asyncio.Semaphore(node.capacity)
         self._active: dict[SequenceId, _Active] = {}
@@ -139,8 +141,11 @@ class RelayEngine:
                 active.calling = True
                 end = await self._speaker.answer(active.request, active)
                 self._refusals.answer()
+                self._scores = self._scores or active.request.job.logprobs is not None
                 return end
         except CallFailed as caught:
+            if active.request.job.logprobs is not None and (refusal := no_logprobs(caught)) is not None:
+                return self._unable(active, refusal)
             failure = self._judge(active, caught)
             if failure.fault == "node":
                 self._speaker.forget()
@@ -151,11 +156,16 @@ class RelayEngine:
 
     def _judge(self, active: _Active, failure: CallFailed) -> CallFailed:
         """The same, or the node's fault where the client was blamed by a node that refuses everything."""
-        if failure.fault != "client" or failure.code == "context_length_exceeded" or isinstance(failure, NoLogprobs):
+        if failure.fault != "client" or failure.code == "context_length_exceeded":
             return failure
         if not self._refusals.refuse(JobId(active.request.sequence.partition("/")[0])):
             return failure
         return CallFailed("node_error", f"the node refused the request: {failure.message}", status=failure.status)
+
+    def _unable(self, active: _Active, refusal: NoLogprobs) -> End:
+        """One that refuses in words may mind this request only, and one that gave some before is right for others."""
+        lacks: Capability | None = None if self._scores or refusal.status else "logprobs"
+        return msgspec.structs.replace(self._failed(active, refusal), unable=True, lacks=lacks)
 
     def _failed(self, active: _Active, failure: CallFailed) -> End:
         log.info(

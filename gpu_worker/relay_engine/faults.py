@@ -56,10 +56,19 @@ class Diverged(CallFailed):
 
 
 class NoLogprobs(CallFailed):
-    """The request asks for log probabilities, and the node gives none, or none that make sense."""
+    """The request asks for log probabilities, and the node gives none, or none that make sense, or refuses to."""
 
-    def __init__(self) -> None:
-        super().__init__("bad_request", "logprobs: the node that answered gives no log probabilities", fault="client")
+    def __init__(self, message: str = "the node gives no log probabilities", status: int = 0) -> None:
+        super().__init__("unsupported", message, fault="", status=status)
+
+
+def no_logprobs(failure: CallFailed) -> NoLogprobs | None:
+    """What says that the node gives none: as it is, or in the node's own words. For a job that asks for some."""
+    if isinstance(failure, NoLogprobs):
+        return failure
+    if failure.fault == "client" and "logprob" in failure.message.lower():
+        return NoLogprobs(failure.message, failure.status)
+    return None
 
 
 def sanitise(text: str) -> str:

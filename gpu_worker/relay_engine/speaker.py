@@ -87,7 +87,8 @@ class NodeSpeaker:
             try:
                 return await self._continue(request, listener, api)
             except CallFailed as failure:
-                if failure.fault != "client" or failure.code == "context_length_exceeded" or listener.published:
+                other_way = failure.fault == "client" or isinstance(failure, NoLogprobs)
+                if not other_way or failure.code == "context_length_exceeded" or listener.published:
                     raise
         return await self._call_openai(request, listener, api, job, "", job.max_tokens, again=True)
 

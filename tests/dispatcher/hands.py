@@ -27,14 +27,16 @@ class HandNode:
         self.epoch = epoch
 
     @classmethod
-    async def join(cls, cell: Cell, name: str, *, capacity: int = 4, models: Sequence[str] = (MODEL,)) -> "HandNode":
+    async def join(
+        cls, cell: Cell, name: str, *, capacity: int = 4, models: Sequence[str] = (MODEL,), **more: Any
+    ) -> "HandNode":
         owned = await cell.own(NodeId(name), name)
         assert isinstance(owned, Owned)
         node = cls(cell, name, owned.holder, owned.epoch)
-        await node.beat(capacity=capacity, models=models)
+        await node.beat(capacity=capacity, models=models, **more)
         return node
 
-    async def beat(self, *, capacity: int = 4, models: Sequence[str] = (MODEL,)) -> None:
+    async def beat(self, *, capacity: int = 4, models: Sequence[str] = (MODEL,), **more: Any) -> None:
         """A beat, applied at once: the registry's part done by hand."""
         beat = NodeBeat(
             node=self.node,
@@ -45,6 +47,7 @@ class HandNode:
             capacity=capacity,
             prefill_rate=1_000.0,
             decode_rate=100.0,
+            **more,
         )
         entry_id = await self.cell.publish_node_event(beat)
         (applied,) = await self.cell.apply_events([(entry_id, beat)])

@@ -416,8 +416,9 @@ async def test_the_openai_package_lists_models(sdk: openai.AsyncOpenAI) -> None:
 
 async def test_log_probabilities_that_nobody_has_or_may_ask_for_are_refused_by_name(sdk: openai.AsyncOpenAI) -> None:
     hello: Any = [{"role": "user", "content": "hi"}]
-    with pytest.raises(openai.BadRequestError, match="the echo engine has no log probabilities"):
+    with pytest.raises(openai.BadRequestError, match=f"logprobs: no node that serves the model {MODEL}") as bad:
         await sdk.chat.completions.create(model=MODEL, messages=hello, logprobs=True)
+    assert bad.value.code == "unsupported"
     with pytest.raises(openai.BadRequestError, match="needs logprobs to be true") as bad:
         await sdk.chat.completions.create(model=MODEL, messages=hello, top_logprobs=2)
     assert bad.value.param == "top_logprobs"

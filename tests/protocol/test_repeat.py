@@ -5,10 +5,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from bus.ids import GatewayId, NodeId
 from bus.link import Link, Script
-from tests.protocol.world import World, make_world
+from tests.protocol.world import World, chat, make_world
 
 READS = {"look", "nodes", "job"}
 
@@ -86,7 +87,20 @@ async def deadlines(world: World) -> None:
     await world.sweep()
 
 
-SCENARIOS = [plain_job, node_error_and_retry, three_crashes, cancels, take_over, death_and_return, deadlines]
+async def what_no_node_can_do(world: World) -> None:
+    asking = replace(chat(), logprobs=0)
+    one, waiting = await world.start(job=asking), await world.submit(job=asking)
+    await world.cell.requeue(one.job_id, one.fence, "unable", "it has none", "logprobs")
+    record = await world.cell.job(waiting)
+    assert record is not None
+    await world.cell.end_unserved(waiting, record.fence)
+    assert [await world.state(job_id) for job_id in (one.job_id, waiting)] == ["failed", "failed"]
+
+
+SCENARIOS = [
+    *(plain_job, node_error_and_retry, three_crashes, cancels, take_over, death_and_return, deadlines),
+    what_no_node_can_do,
+]
 
 
 def without_chance(value: Any) -> Any:

@@ -49,7 +49,7 @@ from tests.protocol.world import World, chat, make_world
 
 NODES = ("a", "b")
 CAPACITY = {"a": 2, "b": 1}
-WHYS = ("crash", "node_error", "drain", "unread", "relay_lost")
+WHYS = ("crash", "node_error", "unable", "drain", "unread", "relay_lost")
 # Long times: they pass only when the machine says so, however slow it runs.
 SETTINGS = Settings(
     queue_max=6, lease_ms=600_000, unread_ms=600_000, alone_ms=600_000, out_ttl_ms=900_000, node_ttl_ms=600_000

@@ -108,14 +108,38 @@ async def test_they_go_on_behind_the_text_of_an_earlier_attempt(bench: Bench, no
     assert b"".join(token for _, token, _, _ in records) == expected()[len(shown) :]
 
 
-async def test_a_node_that_gives_none_refuses_by_name_and_keeps_its_good_record(bench: Bench, node: FakeNode) -> None:
+async def test_a_node_that_gives_none_is_unable_and_keeps_its_good_record(bench: Bench, node: FakeNode) -> None:
     """However often it is asked: its breaker is not for clients to open."""
     for turn in range(6):
         bench.submit(f"s{turn}", logprobs=0)
         end = (await bench.result(f"s{turn}")).end
 
-        assert (end.reason, end.error_code, end.fault) == ("error", "bad_request", "client")
-        assert "logprobs" in end.error_message
+        assert (end.reason, end.error_code, end.fault) == ("error", "unsupported", "")
+        assert (end.unable, end.lacks) == (True, "logprobs")
+
+
+async def test_a_node_that_gave_some_is_unable_for_one_job_only(bench: Bench, node: FakeNode) -> None:
+    """One odd request must not take log probabilities from everybody."""
+    node.turn(logprobs=True)
+    await bench.run(logprobs=1)
+    node.turn(logprobs=False)
+
+    bench.submit("s2", logprobs=0)
+    end = (await bench.result("s2")).end
+
+    assert (end.unable, end.lacks) == (True, None)
+
+
+@pytest.mark.parametrize(("logprobs", "unable"), [(1, True), (None, False)])
+async def test_a_refusal_that_speaks_of_them_is_of_one_job_only(
+    bench: Bench, node: FakeNode, logprobs: int | None, unable: bool
+) -> None:
+    node.turn(status=400, error_message="Requested logprobs of 20, which is greater than max allowed: 5")
+
+    end = (await bench.run(logprobs=logprobs)).end
+
+    assert (end.unable, end.lacks) == (unable, None)
+    assert "greater than max allowed" in end.error_message
 
 
 MALFORMED = [{"tokens": ["hi"], "token_logprobs": None}, {"content": [entry(logprob=None)]}, {"content": [5]}]
@@ -138,7 +162,7 @@ async def test_what_makes_no_sense_ends_the_job_as_if_there_were_none(
 
     end = (await bench.run(logprobs=0)).end
 
-    assert (end.reason, end.error_code, end.fault) == ("error", "bad_request", "client")
+    assert (end.reason, end.error_code, end.unable) == ("error", "unsupported", True)
 
 
 async def test_more_than_an_answer_may_have_is_not_kept(

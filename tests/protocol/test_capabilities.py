@@ -1,0 +1,364 @@
+"""What not every node can do: a job that asks for it goes only to nodes that can, and is refused where none can."""
+
+from bus.cell.jobs import REASONS
+from bus.codec.entries import Assignment, parse_wake
+from bus.codec.events import NodeRegistered
+from bus.codec.spec import FLAG_OF
+from bus.codec.wire import Assigned, Ended, NotAssigned, NotYours, Requeued
+from bus.ids import NodeId
+from bus.jobs import is_able
+from bus.keys import QueueName
+from bus.link import to_entry
+from bus.scripts import load_script
+from tests.protocol.test_logprobs import asking
+from tests.protocol.world import MODEL, World
+
+LOGPROBS = ("logprobs",)
+
+
+async def refuse(world: World, one: Assignment, lacks: bool = True) -> Requeued | Ended | NotYours:
+    return await world.cell.requeue(one.job_id, one.fence, "unable", "it has none", "logprobs" if lacks else None)
+
+
+async def again(world: World, one: Assignment, *nodes: str) -> Assignment:
+    (assigned,) = await world.dispatch(*nodes)
+    assert isinstance(assigned, Assigned), assigned
+    return next(found for found in await world.read(assigned.node) if found.job_id == one.job_id)
+
+
+async def view(world: World, node: str = "n1"):
+    found = await world.cell.node(NodeId(node))
+    assert found is not None
+    return found
+
+
+async def fall_silent(world: World, node: str) -> None:
+    """Its beats have stopped long ago; it is still known."""
+    await world.link.send("DEL", world.cell.keys.node_alive(NodeId(node)))
+    await world.link.send("ZADD", world.cell.keys.model(MODEL), 1000, node)
+
+
+async def forget_refusals(world: World, node: str) -> None:
+    await world.link.send("HSET", world.cell.keys.node(NodeId(node)), "cannot", "logprobs:1000")
+
+
+# what nodes say
+
+
+async def test_a_beat_and_a_registration_say_what_a_node_can_do_and_one_that_does_not_say_is_asked(world: World):
+    await world.node("all", can=LOGPROBS)
+    await world.node("none", can=())
+    await world.node("old")
+    await world.http_node("h1")
+    lock = await world.cell.lock_node(NodeId("h1"), 1000)
+    before = await view(world, "h1")
+    await world.publish(
+        NodeRegistered(NodeId("h1"), lock.epoch, "k1", "http://n/", models=(MODEL,), can=LOGPROBS)  # type: ignore[union-attr]
+    )
+
+    said = {name: (await view(world, name)).can for name in ("all", "none", "old", "h1")}
+
+    assert before.can is None
+    assert said == {"all": LOGPROBS, "none": (), "old": None, "h1": LOGPROBS}
+    assert [is_able(can, (), LOGPROBS) for can in said.values()] == [True, False, True, True]
+
+
+async def test_a_later_releases_names_are_kept(world: World):
+    """A registry of this release must not hide them from dispatchers of the next one."""
+    await world.node(can=("logprobs", "tools"))
+
+    assert (await view(world)).can == ("logprobs", "tools")
+
+
+async def test_a_node_that_can_do_more_than_before_is_a_wake(world: World):
+    await world.node(can=())
+    await world.link.send("DEL", world.cell.keys.wake)
+    await world.beat("n1", can=())
+    assert await world.link.send("XLEN", world.cell.keys.wake) == 0
+
+    await world.beat("n1", can=LOGPROBS)
+
+    assert await world.link.send("XLEN", world.cell.keys.wake) == 1
+
+
+def test_scripts_and_python_have_the_same_names():
+    source = load_script("submit").source
+    for name, flag in FLAG_OF.items():
+        assert f"{flag} = '{name}'" in source
+
+
+# who gets the job
+
+
+async def test_the_queue_and_the_wake_say_what_a_job_asks_for_and_others_have_no_field_more(world: World):
+    await world.node(can=LOGPROBS)
+    await world.submit("asks", job=asking())
+    await world.submit("plain")
+
+    (queue,) = (await world.cell.look()).queues
+    wakes = [parse_wake(to_entry(raw)[1]) for raw in await world.link.send("XRANGE", world.cell.keys.wake, "-", "+")]
+    raw = await world.link.send("XRANGE", world.cell.keys.queue(QueueName("m:1")), "-", "+")
+
+    assert [job.needs for job in queue.heads] == [LOGPROBS, ()]
+    assert [wake.head.needs for wake in wakes if wake.head is not None] == [LOGPROBS, ()]
+    assert ["needs" in to_entry(one)[1] for one in raw] == [True, False]
+
+
+async def test_assign_passes_over_a_node_that_cannot_whatever_its_caller_believes(world: World):
+    await world.node("n1", can=(), capacity=9)
+    await world.node("n2", can=LOGPROBS, capacity=1)
+    await world.submit("one", job=asking())
+    await world.submit("two", job=asking())
+    await world.submit("plain")
+
+    replies = await world.dispatch("n1", "n2")
+
+    assert [(one.node if isinstance(one, Assigned) else one.why) for one in replies] == ["n2", "no_room", "n1"]
+
+
+async def test_a_job_that_must_run_alone_waits_for_a_node_that_can(world: World):
+    await world.node("n2", can=LOGPROBS)
+    one = await world.start("n2", job=asking())
+    for _ in range(2):
+        await world.cell.requeue(one.job_id, one.fence, "crash")
+        one = await again(world, one, "n2") if (await world.cell.job(one.job_id)).crashes < 2 else one  # type: ignore[union-attr]
+    await world.node("n1", can=())
+
+    alone = await world.dispatch("n1")
+    other = await world.dispatch("n1", "n2")
+
+    assert alone == [NotAssigned(one.job_id, "no_room")]
+    assert isinstance(other[0], Assigned) and other[0].node == "n2"
+
+
+async def test_an_avoided_node_that_can_is_not_passed_over_for_one_that_cannot(world: World):
+    """Else the job would wait for a node that never takes it."""
+    await world.node("n1", can=())
+    await world.node("n2", can=LOGPROBS)
+    one = await world.start("n2", job=asking())
+    await world.cell.requeue(one.job_id, one.fence, "node_error")
+    await world.age_late()
+    await world.link.send("HSET", world.cell.keys.node(NodeId("n2")), "breaker_n", 0)
+    await world.end_grace()
+    await world.sweep()
+
+    two = await again(world, one, "n1", "n2")
+
+    assert two.owner == world.holders[NodeId("n2")]
+
+
+# who is refused
+
+
+async def test_a_job_that_no_living_node_can_do_is_refused_by_name(world: World):
+    await world.node("n1", can=())
+
+    refused = await world.refused(job=asking())
+
+    assert (refused.code, refused.retry_after_ms) == ("unsupported", 0)
+    assert "logprobs" in refused.reason and f"model {MODEL}" in refused.reason
+    assert await world.submit()
+
+
+async def test_a_plain_producer_is_told_the_same(world: World):
+    await world.node("n1", can=())
+    entry = (await world.link.send("XADD", world.cell.keys.jobs, "*", "job", "{}")).decode()
+    await world.group(world.cell.keys.jobs, "dispatcher")
+
+    await world.cell.admit(entry, world.submission("p", job=asking(), out="reply:r", gateway=""))
+
+    (end,) = await world.ends(out="reply:r")
+    assert (end.state, end.error_code) == ("failed", "unsupported")
+    assert end.error_message == REASONS["unsupported"].format(detail="logprobs", model=MODEL, figure=0)
+
+
+async def test_while_a_node_that_can_is_away_the_client_is_asked_to_come_again(world: World):
+    await world.node("n1", can=())
+    await world.node("n2", can=LOGPROBS)
+    await fall_silent(world, "n2")
+
+    refused = await world.refused(job=asking())
+
+    assert refused.code == "no_node" and refused.retry_after_ms > 0
+    assert refused.reason == "1 node(s) served the model m with logprobs, but none is alive"
+
+
+async def test_without_any_living_node_the_answer_is_the_usual_one(world: World):
+    await world.node("n1", can=())
+    await fall_silent(world, "n1")
+
+    refused = await world.refused(job=asking())
+
+    assert (refused.code, refused.reason) == ("no_node", "1 node(s) served the model m, but none is alive")
+
+
+async def test_a_job_that_is_driven_again_is_not_refused_at_submit(world: World):
+    await world.node("n1", can=())
+
+    assert await world.submit(job=asking(), redrive=True, deadline_at_ms=9_999_999_999_999)
+
+
+async def test_a_waiting_job_that_no_known_node_can_do_ends_once(world: World):
+    await world.node("n1", can=LOGPROBS)
+    job_id = await world.submit(job=asking())
+    fence = (await world.cell.job(job_id)).fence  # type: ignore[union-attr]
+    early = await world.cell.end_unserved(job_id, fence)
+    await world.beat("n1", can=())
+
+    ended = await world.cell.end_unserved(job_id, fence)
+    twice = await world.cell.end_unserved(job_id, fence)
+
+    assert early == NotYours(job_id, "queued")
+    assert (ended, twice) == (Ended(job_id, "failed"), Ended(job_id, "failed", earlier=True))
+    (end,) = await world.ends()
+    assert (end.error_code, end.error_message) == (
+        "unsupported",
+        f"logprobs: no node that serves the model {MODEL} can do it",
+    )
+    assert (await world.cell.look()).queues[0].length == 0
+
+
+async def test_a_waiting_job_waits_on_for_a_node_that_is_away_or_for_any(world: World):
+    await world.node("n1", can=())
+    await world.node("n2", can=LOGPROBS)
+    job_id, plain = await world.submit(job=asking()), await world.submit()
+    await fall_silent(world, "n2")
+    fence = (await world.cell.job(job_id)).fence  # type: ignore[union-attr]
+
+    away = await world.cell.end_unserved(job_id, fence)
+    await world.link.send("DEL", world.cell.keys.model(MODEL))
+    nobody = await world.cell.end_unserved(job_id, fence)
+    other = await world.cell.end_unserved(plain, fence)
+
+    assert [away, nobody, other] == [NotYours(job_id, "queued"), NotYours(job_id, "queued"), NotYours(plain, "queued")]
+
+
+# a node that refuses at run time
+
+
+async def test_a_refused_job_goes_to_another_node_at_once_and_the_next_one_does_not_try(world: World):
+    await world.node("n1")
+    await world.node("n2", can=LOGPROBS)
+    one = await world.start("n1", job=asking())
+    await world.flush(one, 0, b"abc")
+
+    reply = await refuse(world, one)
+    seen = await view(world)
+    two = await again(world, one, "n1", "n2")
+    await world.submit("next", job=asking())
+    (after,) = await world.dispatch("n1", "n2")
+
+    assert reply == Requeued(one.job_id, "unable", 0)
+    assert (seen.cannot, seen.breaker_n, seen.failed) == (LOGPROBS, 0, 0)  # no fault of the node
+    assert two.owner == world.holders[NodeId("n2")] and two.text_len == 3
+    assert isinstance(after, Assigned) and after.node == "n2"
+    record = await world.cell.job(one.job_id)
+    assert record is not None and (record.crashes, record.node_errors) == (0, 0)
+
+
+async def test_the_last_refusal_is_the_jobs_one_end_and_the_next_job_is_refused_at_once(world: World):
+    await world.node("n1")
+    await world.node("n2")
+    one = await world.start("n1", job=asking())
+
+    first = await refuse(world, one)
+    two = await again(world, one, "n1", "n2")
+    second = await refuse(world, two)
+    zombie = await refuse(world, one)
+    refused = await world.refused(job=asking())
+
+    assert isinstance(first, Requeued)
+    assert second == Ended(one.job_id, "failed")
+    assert zombie == NotYours(one.job_id, "fence")
+    (end,) = await world.ends()
+    assert end.error_code == "unsupported"
+    assert "logprobs" in end.error_message and "n2: it has none" in end.error_message
+    assert refused.code == "unsupported"
+    assert await world.running("n1") == await world.running("n2") == []
+
+
+async def test_a_refusal_of_one_request_only_is_not_remembered_but_ends_after_each_node_was_asked(world: World):
+    await world.node("n1", can=LOGPROBS)
+    await world.node("n2", can=LOGPROBS)
+    one = await world.start("n1", job=asking())
+
+    first = await refuse(world, one, lacks=False)
+    two = await again(world, one, "n1", "n2")
+    second = await refuse(world, two, lacks=False)
+
+    assert isinstance(first, Requeued) and two.owner == world.holders[NodeId("n2")]
+    assert second == Ended(one.job_id, "failed")
+    assert (await view(world)).cannot == ()
+    assert await world.submit(job=asking())
+
+
+async def test_a_node_avoided_for_an_error_still_gets_the_job_when_the_other_cannot(world: World):
+    await world.node("n1", can=LOGPROBS)
+    one = await world.start("n1", job=asking())
+    await world.cell.requeue(one.job_id, one.fence, "node_error")
+    await world.age_late()
+    await world.node("n2")
+    await world.end_grace()
+    await world.sweep()
+    two = await again(world, one, "n1", "n2")
+    await world.link.send("HSET", world.cell.keys.node(NodeId("n1")), "breaker_n", 0)
+
+    reply = await refuse(world, two)
+    three = await again(world, one, "n1", "n2")
+
+    assert isinstance(reply, Requeued)
+    assert three.owner == world.holders[NodeId("n1")]
+
+
+async def test_while_the_only_node_that_can_is_away_a_refused_job_says_so(world: World):
+    await world.node("n1")
+    await world.node("n2", can=LOGPROBS)
+    one = await world.start("n1", job=asking())
+    await fall_silent(world, "n2")
+
+    reply = await refuse(world, one)
+
+    assert reply == Ended(one.job_id, "failed")
+    (end,) = await world.ends()
+    assert end.error_code == "no_node"
+
+
+async def test_a_refusal_is_forgotten_after_a_while_at_a_new_process_and_at_a_new_registration(world: World):
+    await world.node("n1")
+    one = await world.start("n1", job=asking())
+    await refuse(world, one)
+    marked = (await view(world)).cannot
+    await forget_refusals(world, "n1")
+    lapsed = (await view(world)).cannot
+    two = await world.start("n1", job=asking())
+    await refuse(world, two)
+    await world.age_lease(world.holders[NodeId("n1")])
+    await world.node("n1")
+    restarted = (await view(world)).cannot
+
+    await world.http_node("h1")
+    await world.link.send("HSET", world.cell.keys.node(NodeId("h1")), "cannot", "logprobs:9999999999999")
+    await world.http_node("h1")
+
+    assert (marked, lapsed, restarted) == (LOGPROBS, (), ())
+    assert (await view(world, "h1")).cannot == ()
+
+
+async def test_a_cancelled_job_ends_as_cancelled_though_its_node_refuses(world: World):
+    await world.node("n1")
+    one = await world.start("n1", job=asking())
+    await world.cell.cancel(one.job_id, "me")
+
+    assert await refuse(world, one) == Ended(one.job_id, "cancelled")
+    assert [end.state for end in await world.ends()] == ["cancelled"]
+
+
+async def test_a_refused_job_that_comes_back_says_in_its_queue_what_it_asks_for(world: World):
+    await world.node("n1")
+    await world.node("n2", can=LOGPROBS)
+    one = await world.start("n1", job=asking())
+    await refuse(world, one)
+
+    heads = [job for queue in (await world.cell.look()).queues for job in queue.heads]
+
+    assert [(job.job_id, job.needs, job.avoid) for job in heads] == [(one.job_id, LOGPROBS, ("n1",))]
