@@ -11,6 +11,7 @@ import torch
 from bus.ids import ModelName
 from bus.jobs import ChatJob, Sampling
 from gpu_worker.engine import End, EngineStartError, GenerateRequest
+from gpu_worker.torch_engine import cgroups
 from gpu_worker.torch_engine.backends import choose_backend
 from gpu_worker.torch_engine.config import TorchEngineConfig
 from gpu_worker.torch_engine.core import EngineCore, context_max
@@ -101,9 +102,10 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def usable_cores() -> int:
-    """That this process may run on, which in a container can be few of many."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def usable_cores(process: Path = cgroups.PROCESS) -> int:
+    """That this process may run on, or have the time of, which in a container can be few of many."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, cgroups.allowed_cores(process) or cores)
 
 
 def default_threads(cores: int) -> int:
@@ -138,10 +140,16 @@ def choose_blocks(
     return max(1, min(wanted, affordable) // block_tokens)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes."""
+def free_memory(device: torch.device, process: Path = cgroups.PROCESS) -> int:
+    """Bytes that this process may still take."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    machine, container = machine_memory(), cgroups.free_bytes(process)
+    return machine if container is None else min(machine, container)
+
+
+def machine_memory() -> int:
+    """Bytes that are free, whoever may have them."""
     try:
         return available_bytes(Path("/proc/meminfo").read_text(encoding="ascii"))
     except (OSError, ValueError):  # not Linux

@@ -1,9 +1,19 @@
 """What an engine chooses for a machine: by what is there, so that equal machines choose alike under any load."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from gpu_worker.torch_engine.assembly import available_bytes, choose_dtype, default_threads
+from gpu_worker.torch_engine.assembly import (
+    available_bytes,
+    choose_dtype,
+    default_threads,
+    free_memory,
+    machine_memory,
+    usable_cores,
+)
+from tests.torch_engine.test_cgroups import v2, write
 
 
 @pytest.mark.parametrize(
@@ -22,6 +32,23 @@ def test_the_dtype_follows_the_device_and_what_was_asked_for(wanted: str, device
 
 def test_a_core_is_left_to_the_event_loop() -> None:
     assert [default_threads(cores) for cores in (1, 2, 4, 8, 16)] == [1, 1, 3, 7, 14]
+
+
+def test_a_containers_quota_bounds_the_cores(tmp_path: Path) -> None:
+    """Threads beyond it use it up early in each period, and then all of them stand still together."""
+    write(tmp_path / "v2" / "small", cpu_max="50000 100000")
+    write(tmp_path / "v2" / "large", cpu_max="100000000 100000")
+
+    assert usable_cores(v2(tmp_path, "/small")) == 1
+    assert usable_cores(v2(tmp_path, "/large")) == usable_cores(tmp_path / "none")
+
+
+def test_a_containers_memory_bounds_what_is_free(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    write(tmp_path / "v2" / "small", memory_max=str(64 << 20), memory_current=str(24 << 20))
+
+    assert free_memory(cpu, v2(tmp_path, "/small")) == 40 << 20
+    assert free_memory(cpu, tmp_path / "none") == pytest.approx(machine_memory(), rel=0.2)
 
 
 def test_memory_that_only_caches_files_counts_as_free() -> None:
