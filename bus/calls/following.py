@@ -17,9 +17,12 @@ replaced, streams may be read twice or with holes, and a server may have forgott
                              |  frame beyond, end beyond -> hole -> filled(bytes) -> ...
 """
 
+from collections.abc import Iterator
+
 import msgspec
 
 from bus.calls.logprob_log import LogprobLog
+from bus.codec.logprobs import record_parts
 
 
 class Records(msgspec.Struct, frozen=True):
@@ -126,7 +129,8 @@ class Following:
             self.fence = fence
         if self.logprobs is not None:
             if records is not None and not self.streamed:
-                self.logprobs.reset()
+                if not records.startswith(self.logprobs.raw):
+                    self.logprobs.reset()
                 self._take_records(Records(0, records))
             self.logprobs.expect_exactly(logprobs_len)
         if text is not None and not self.streamed:
@@ -166,6 +170,17 @@ class Following:
         self.text += fresh
         self._settle()
         return bool(fresh) or self._whole
+
+    def take_in_parts(self, offset: int, records: bytes) -> Iterator[None]:
+        """Take stored records part by part. In one go many megabytes of them would hold up all other callers; taken
+        again with the text that they belong to, they are known already. Ends early at a new attempt, and at the end."""
+        fence = self.fence
+        for part in record_parts(records):
+            if self.ended is not None or self.fence != fence:
+                return
+            self._take_records(Records(offset, part))
+            offset += len(part)
+            yield
 
     def give_up(self, ended: Ended) -> None:
         """End without the rest of the text (it is gone, or the stream went to another gateway)."""

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from bus.calls.call import Call, Errand, after_loss, next_step, to_ended, where_of
-from bus.calls.following import Ended, Hole, Records, interrupted
+from bus.calls.following import Ended, Following, Hole, Records, interrupted
 from bus.cell import Cell
 from bus.codec.wire import Accepted, JobRecord, NotYours, Refused, Submission, attempt_of, make_fence
 from bus.ids import Fence, GatewayId, JobId, parse_cell
@@ -214,12 +214,16 @@ class CallWatch:
         text = None if following.streamed and following.text else await cell.text(call.job_id, record.fence)
         records = await self._stored_records(call, cell, record, 0)
         if not following.streamed:
+            await _take_in_parts(following, 0, records)
+        if not following.streamed:
             following.end(record.fence, record.text_len, to_ended(record), text, len(records or b""), records)
             return
         following.end(record.fence, record.text_len, to_ended(record), None, len(records or b""))
         hole = following.hole()
         if text is not None and hole is not None and hole.start == 0:
-            following.filled(hole, text, (records or b"")[hole.logprobs_from or 0 :])
+            missing = (records or b"")[hole.logprobs_from or 0 :]
+            await _take_in_parts(following, hole.logprobs_from or 0, missing)
+            following.filled(hole, text, missing)
 
     async def _take_stored(self, call: Call, cell: Cell, record: JobRecord) -> None:
         """No frames come of a plain producer's job: read what is stored. That of a new attempt is read from its
@@ -234,6 +238,7 @@ class CallWatch:
             text = await cell.text(call.job_id, record.fence, start)
             known = len(following.logprobs.raw) if start and following.logprobs is not None else 0
             records = await self._stored_records(call, cell, record, known)
+            await _take_in_parts(following, known, records)
             following.frame(record.fence, start, text, None if records is None else Records(known, records))
 
     async def _stored_records(self, call: Call, cell: Cell, record: JobRecord, start: int) -> bytes | None:
@@ -264,6 +269,7 @@ class CallWatch:
                 fence, start = Fence(hole.fence), hole.logprobs_from
                 data = await cell.text(call.job_id, fence, hole.start, hole.end)
                 records = b"" if start is None else await cell.logprobs(call.job_id, fence, start)
+                await _take_in_parts(call.following, start or 0, records)
                 if not call.following.filled(hole, data, records):
                     await self._explain_hole(call, cell, hole)
                     break
@@ -378,3 +384,9 @@ class CallWatch:
         self._work.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("watching a job failed", exc_info=error)
+
+
+async def _take_in_parts(following: Following, offset: int, records: bytes | None) -> None:
+    """Between the parts others' work goes on."""
+    for _ in following.take_in_parts(offset, records or b""):
+        await asyncio.sleep(0)

@@ -12,13 +12,14 @@ there or behind have no text.
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
 from bus.jobs import LOGPROBS_MAX
 
 ANSWER_BYTES_MAX = 16 * 1024 * 1024  # of one answer: some 48,000 tokens with 20 likeliest ones each
+PART_BYTES = 64 * 1024  # are checked in one go: a few milliseconds, whatever the records are like
 TOKEN_BYTES_MAX = 1024  # of one candidate; longer ones are cut, and no vocabulary has any
 LEAST_LOGPROB = -9999.0  # OpenAI's word for "very unlikely"; also stands for minus infinity
 SPECIAL = 0x8000
@@ -98,6 +99,22 @@ def record_places(raw: bytes | bytearray, start: int = 0) -> list[tuple[int, int
         places.append((at, end))
         start = end
     return places
+
+
+def record_parts(raw: bytes, most: int = PART_BYTES) -> Iterator[bytes]:
+    """All of it in parts of whole records, of at most `most` bytes unless one record has more. From where the bytes are
+    no records on, the rest is one part: `record_places` refuses it where it begins to be wrong."""
+    begin = end = 0
+    while end + _HEAD.size <= len(raw):
+        size: int = _HEAD.unpack_from(raw, end)[0]
+        if size < _HEAD.size or end + size > len(raw):
+            break
+        if begin < end and end + size - begin > most:
+            yield raw[begin:end]
+            begin = end
+        end += size
+    if begin < len(raw):
+        yield raw[begin:]
 
 
 def record_heads(raw: bytes | bytearray) -> list[tuple[int, int]]:

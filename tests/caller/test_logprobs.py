@@ -18,6 +18,7 @@ from bus.codec.logprobs import (
     decode_record,
     encode_record,
     encode_restart,
+    record_parts,
     record_places,
     shown_records,
 )
@@ -89,6 +90,17 @@ def test_bytes_that_are_no_records_are_refused_and_nothing_else() -> None:
         for start in starts:
             found = decode_record(broken, start)
             assert found is None or all(-9999 <= one.logprob <= 0 for one in (found.chosen, *found.top))
+
+
+def test_parts_are_whole_records_and_what_is_none_comes_whole() -> None:
+    raw = log(0, 1, 2, 3)
+    size = len(RECORDS[0])
+
+    assert list(record_parts(raw, 1)) == RECORDS[:4]
+    assert list(record_parts(raw, len(log(2, 3)))) == [log(0, 1), log(2, 3)]
+    assert list(record_parts(raw)) == [raw] and list(record_parts(b"")) == []
+    for broken in (b"\0" * 30, b"\xff" * 30, raw[: size + 3][size:]):
+        assert list(record_parts(log(0) + broken, 1)) in ([log(0), broken], [log(0) + broken])
 
 
 # --- the log ----------------------------------------------------------------------------------------------------------
