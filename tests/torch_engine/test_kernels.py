@@ -1,23 +1,35 @@
 """The compiled kernels against torch in float64, and the promise that nothing beside a row changes its bits."""
 
+import fcntl
 import gc
 import json
+import os
+import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numba
 import numpy
 import pytest
 import torch
 from torch.nn import functional
 
+from gpu_worker.torch_engine.kernels import LOCK, cache_directory
 from gpu_worker.torch_engine.kernels.decoder import CompiledDecoder
 from gpu_worker.torch_engine.kernels.functions import exponential, silu
 from gpu_worker.torch_engine.kernels.operations import product_operations
 from gpu_worker.torch_engine.kernels.packing import BLOCKS, PackedFactory, pack
 from gpu_worker.torch_engine.kernels.products import ADD, GATED, KEEP
 from gpu_worker.torch_engine.kernels.program import OPERATION, STEP, Team, address, aligned
-from gpu_worker.torch_engine.kernels.ready import has_instructions, host_features, with_fresh_cache
+from gpu_worker.torch_engine.kernels.ready import (
+    compile_now,
+    has_instructions,
+    host_features,
+    remove_unused,
+    with_fresh_cache,
+)
 from gpu_worker.torch_engine.kernels.vectors import compiled, load, store
 from gpu_worker.torch_engine.kernels.weights import BLOCK_BYTES, FORM_NAMES, PackedWeight
 from gpu_worker.torch_engine.loader import load_weights
@@ -262,3 +274,109 @@ def test_a_weight_of_many_pieces_is_packed_whole():
 
     blocks = packed.data.view(numpy.float32).reshape(40, -1, 32, 16)
     assert (blocks.transpose(0, 3, 1, 2).reshape(weight.shape) == weight.numpy()).all()
+
+
+CURRENT, OTHER = "kernels-00000000000000aa", "kernels-00000000000000bb"
+NOW_S = time.time()
+
+
+def kept_code(base: Path, name: str, *, unused_days: float, lock: bool = True) -> Path:
+    """A directory of compiled code, as numba leaves it."""
+    directory = base / name
+    inner = directory / "kernels_1a2b"
+    inner.mkdir(parents=True)
+    (inner / "program.nbi").write_bytes(b"code")
+    if lock:
+        (directory / LOCK).touch()
+    for path in (inner / "program.nbi", inner, *directory.iterdir(), directory):
+        os.utime(path, (0, NOW_S - unused_days * 86_400))
+    return directory
+
+
+def test_code_that_nobody_started_with_for_a_month_is_removed(tmp_path: Path):
+    """Each version leaves 5 MB; a node that is updated weekly would keep them all."""
+    current = kept_code(tmp_path, CURRENT, unused_days=90)
+    old = kept_code(tmp_path, OTHER, unused_days=31)
+    older = kept_code(tmp_path, "kernels-00000000000000cc", unused_days=31, lock=False)  # of a version without locks
+    used = kept_code(tmp_path, "kernels-00000000000000dd", unused_days=29)
+    early = kept_code(tmp_path, "kernels-00000000000000ee", unused_days=-2)  # by a clock that is ahead
+
+    assert remove_unused(current, NOW_S) == [old, older]
+    assert sorted(tmp_path.iterdir()) == [current, used, early]
+    assert remove_unused(current, NOW_S) == []
+
+
+def test_only_the_lock_of_a_start_makes_old_code_used(tmp_path: Path):
+    current, old = kept_code(tmp_path, CURRENT, unused_days=0), kept_code(tmp_path, OTHER, unused_days=90)
+    os.utime(old / LOCK, (0, NOW_S - 86_400))
+
+    assert remove_unused(current, NOW_S) == []
+    assert old.exists()
+
+
+def test_nothing_else_is_removed(tmp_path: Path):
+    """The directory may be one that the user chose, with other things in it."""
+    current = kept_code(tmp_path / "base", CURRENT, unused_days=0)
+    for name in ("kernels-00000000000000bbb", "kernels-xyz", "torch_engine_1a", "my-kernels-00000000000000bb"):
+        kept_code(tmp_path / "base", name, unused_days=90)
+    target = kept_code(tmp_path, "elsewhere", unused_days=90)
+    (tmp_path / "base" / OTHER).symlink_to(target)
+    (tmp_path / "base" / "kernels-00000000000000ff").write_text("a file")
+    before = sorted(tmp_path.rglob("*"))
+
+    assert remove_unused(current, NOW_S) == []
+    assert remove_unused(tmp_path / "base" / "millrace-kernels-x1", NOW_S) == []  # a directory of one process
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_code_that_somebody_is_compiling_stays(tmp_path: Path):
+    current, old = kept_code(tmp_path, CURRENT, unused_days=0), kept_code(tmp_path, OTHER, unused_days=90)
+
+    with (old / LOCK).open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert remove_unused(current, NOW_S) == []
+
+    assert remove_unused(current, NOW_S) == [old]
+
+
+def test_workers_that_start_at_once_remove_it_once(tmp_path: Path):
+    current = kept_code(tmp_path, CURRENT, unused_days=0)
+    old = [kept_code(tmp_path, f"kernels-{index:016x}", unused_days=90) for index in range(40)]
+
+    with ThreadPoolExecutor(8) as pool:
+        removed = list(pool.map(lambda _: remove_unused(current, NOW_S), range(8)))
+
+    assert sorted(path for one in removed for path in one) == old
+    assert list(tmp_path.iterdir()) == [current]
+
+
+def test_what_cannot_be_removed_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    current, old = kept_code(tmp_path, CURRENT, unused_days=0), kept_code(tmp_path, OTHER, unused_days=90)
+
+    def refuse(*args: object, **kwargs: object) -> None:  # permissions do not stop the user root
+        raise PermissionError(13, "Read-only file system")
+
+    monkeypatch.setattr(os, "unlink", refuse)
+
+    assert remove_unused(current, NOW_S) == []
+    assert remove_unused(tmp_path / "gone" / CURRENT, NOW_S) == []
+    assert old.exists()
+
+
+def test_a_start_marks_its_code_as_used_and_removes_the_unused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    directory = cache_directory()
+    os.utime(directory / LOCK, (0, 0))
+    old = kept_code(tmp_path, OTHER, unused_days=20_000)
+
+    assert cache_directory() == directory
+    imported_s = (directory / LOCK).stat().st_mtime
+    os.utime(directory / LOCK, (0, 0))
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(directory))
+    compile_now(lambda line: None)
+
+    assert min(imported_s, (directory / LOCK).stat().st_mtime) > time.time() - 600
+    assert not old.exists() and directory.exists()
+    shutil.rmtree(directory)  # by another worker, whose clock is wrong
+    compile_now(lambda line: None)
+    assert (directory / LOCK).exists()

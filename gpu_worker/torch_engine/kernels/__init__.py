@@ -13,6 +13,7 @@
 
 Compiling takes about half a minute, once: `python -m gpu_worker.torch_engine.kernels` does it ahead of the first start.
 The code is kept in a directory named by a digest of this room, since Numba itself notices changes of one file only.
+ready.py removes those of other versions when nobody used them for a month.
 """
 
 import atexit
@@ -25,6 +26,7 @@ from pathlib import Path
 import numba
 
 COMPILED = ("vectors", "functions", "weights", "products", "rows", "attention", "program")
+LOCK = "lock"  # of the directory: held while somebody compiles, touched by each start, so that old ones are known
 
 
 def cache_directory() -> Path:
@@ -37,6 +39,7 @@ def cache_directory() -> Path:
         base = Path(numba.config.CACHE_DIR or Path.home() / ".cache" / "millrace")
         directory = base / f"kernels-{digest.hexdigest()[:16]}"
         directory.mkdir(parents=True, exist_ok=True)
+        (directory / LOCK).touch()
     except (OSError, RuntimeError):  # RuntimeError: a user without a home
         return _directory_of_this_process()
     return directory if os.access(directory, os.W_OK) else _directory_of_this_process()
