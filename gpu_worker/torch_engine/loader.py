@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Container
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,13 +22,16 @@ from gpu_worker.torch_engine.stored import is_finite, same, smallest_dtype
 log = logging.getLogger(__name__)
 
 AnyWeight = TypeVar("AnyWeight", Tensor, Quantized)
+Read = TypeVar("Read")
 Made = TypeVar("Made", bound=HeldMatrix, covariant=True)
 Progress = Callable[[float], None]  # 0..1
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 HALVES = {torch.float16}
 SAMPLE_BYTES = 4096
 SAMPLES = 256
-MAPPED_BYTES_MAX = 64 << 20  # read through one mapping of a file: its pages count as our memory while it is there
+MAPPED_BYTES_MAX = (
+    64 << 20
+)  # read of files before they are mapped anew: mapped pages that were read count as our memory
 
 
 class MatrixFactory(Protocol[Made]):
@@ -47,32 +50,31 @@ class MatrixFactory(Protocol[Made]):
 
 
 class Shard:
-    """One file. Its tensors are views of a mapping, which goes with the last of them, and is made anew now and then."""
+    """One file. Its tensors are views of a mapping, which lasts until the shard and all of them have let it go."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._mapped: Any = None
-        self._read_bytes = 0
 
     def names(self) -> list[str]:
-        return list(self._open().keys())
+        return self._read(lambda mapped: list(mapped.keys()))
 
     def get(self, name: str) -> Tensor:
-        tensor: Tensor = self._open().get_tensor(name)
-        self._read_bytes += tensor.nbytes
-        if self._read_bytes > MAPPED_BYTES_MAX:
-            self._mapped = None
-        return tensor
+        return self._read(lambda mapped: cast(Tensor, mapped.get_tensor(name)))
 
-    def _open(self) -> Any:
-        if self._mapped is None:
-            try:
-                self._mapped, self._read_bytes = safe_open(str(self._path), framework="pt"), 0
-            except (SafetensorError, OSError) as error:
-                raise EngineStartError(
-                    f"{self._path}: cannot be read: {error}; remove it and fetch the model again"
-                ) from error
-        return self._mapped
+    def let_go(self) -> None:
+        """The next `get` maps the file anew."""
+        self._mapped = None
+
+    def _read(self, what: Callable[[Any], Read]) -> Read:
+        try:
+            if self._mapped is None:
+                self._mapped = safe_open(str(self._path), framework="pt")
+            return what(self._mapped)
+        except (SafetensorError, OSError) as error:
+            raise EngineStartError(
+                f"{self._path}: cannot be read: {error}; remove it and fetch the model again"
+            ) from error
 
 
 class TensorSource:
@@ -81,8 +83,9 @@ class TensorSource:
     def __init__(self, directory: Path, *, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
         self._where: dict[str, Shard] = {}
-        for path in weight_files(directory):
-            shard = Shard(path)
+        self._shards = [Shard(path) for path in weight_files(directory)]
+        self._mapped_bytes = 0
+        for shard in self._shards:
             for name in shard.names():
                 if name in self._where:
                     raise EngineStartError(f"{directory}: tensor {name} is in two files")
@@ -124,6 +127,11 @@ class TensorSource:
         if name not in self._where:
             raise EngineStartError(f"the model lacks tensor {name}")
         tensor = self._where[name].get(name)
+        self._mapped_bytes += tensor.nbytes
+        if self._mapped_bytes > MAPPED_BYTES_MAX:
+            self._mapped_bytes = 0
+            for shard in self._shards:
+                shard.let_go()
         if tuple(tensor.shape) != shape:
             raise EngineStartError(f"tensor {name} has shape {tuple(tensor.shape)}, expected {shape}")
         if tensor.dtype not in dtypes:

@@ -221,6 +221,17 @@ def test_a_weight_is_held_as_float16_only_if_no_bit_is_lost() -> None:
         torch.testing.assert_close(FACTORY.build(matrix, bias=bias)(x).double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_product_keeps_no_view_of_what_it_was_made_of() -> None:
+    """Also where neither library can pack it: the file would stay mapped."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):  # of the last, torch's own product
+        weight, x = torch.ones(32, 32, dtype=dtype), torch.ones(3, 32, dtype=dtype)
+        product = LinearFactory(device=CPU, dtype=dtype).build(weight)
+
+        weight.zero_()
+
+        assert product(x).eq(32).all()
+
+
 def test_attention_pads_rows_to_what_the_probe_finds() -> None:
     assert probe_attention(16) in MULTIPLES
     assert KV_TILE % BLOCK_TOKENS == 0
