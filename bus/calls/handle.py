@@ -82,6 +82,11 @@ class JobHandle:
         """Bytes of the answer that this handle has given out."""
         return self._position
 
+    @property
+    def known(self) -> int:
+        """Bytes of the answer that are here, whether given out or not."""
+        return len(self._call.following.text)
+
     def ready(self) -> HandleEvent | None:
         """What `next` would give without waiting."""
         call = self._call
