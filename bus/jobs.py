@@ -4,7 +4,7 @@ Built by `bus.chat_request` from OpenAI-style JSON; carried as msgpack in the jo
 """
 
 from collections.abc import Collection
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
@@ -19,6 +19,7 @@ LOGPROBS_MAX = 20  # likeliest tokens shown beside each token; OpenAI's limit
 
 
 Capability = Literal["logprobs"]  # what a job may ask of its node that not every node can do
+CAPABILITIES: frozenset[str] = frozenset(get_args(Capability))
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):

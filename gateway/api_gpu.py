@@ -175,6 +175,7 @@ async def _apply(
         capacity=wanted.max_concurrency,
         layers=wanted.layers,
         gpu_memory_gb=wanted.gpu_memory_gb,
+        can=wanted.can,
     )
     cell = gateway.caller.cell_of(models[0])
     answer = await gateway.caller.ask(event, cell, timeout_s=gateway.settings.register_wait_ms / 1000)

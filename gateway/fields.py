@@ -5,7 +5,7 @@ surrogates, NaN, more than 1024 levels, trailing bytes; whole numbers beyond 64 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 import orjson
@@ -120,4 +120,13 @@ class Fields:
         for at, item in enumerate(value):
             if isinstance(item, bool) or not isinstance(item, int) or not low <= item <= high:
                 raise invalid(f"{self.name(field)}[{at}]", f"be a whole number from {low} to {high}", item)
+        return tuple(sorted(set(value)))
+
+    def words(self, field: str, known: Collection[str]) -> tuple[str, ...] | None:
+        """A list of words out of `known`, sorted, repeats dropped."""
+        value = self.raw(field)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(item, str) and item in known for item in value):
+            raise invalid(self.name(field), f"be a list of: {', '.join(sorted(known))}", value)
         return tuple(sorted(set(value)))

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from bus.chat_request import kind_of
 from bus.ids import ModelName, NodeId, is_model_name, is_node_id
+from bus.jobs import CAPABILITIES
 from gateway.errors import ApiError
 from gateway.fields import Fields, invalid, missing
 
@@ -24,7 +25,8 @@ NODE_ID_RULE: Final = "be 1 to 64 of the characters A-Z a-z 0-9 _ . -"
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """A node as its owner describes it. model None: ask the node. layers None: the registry assigns them."""
+    """A node as its owner describes it. model None: ask the node. layers None: the registry assigns them. can None: he
+    does not say what it can do of what not every node can."""
 
     node_id: NodeId
     api_url: str
@@ -32,6 +34,7 @@ class Registration:
     layers: tuple[int, ...] | None
     model: ModelName | None
     max_concurrency: int
+    can: tuple[str, ...] | None = None
 
 
 def parse_registration(body: dict[str, Any]) -> Registration:
@@ -55,6 +58,7 @@ def parse_registration(body: dict[str, Any]) -> Registration:
         layers=capabilities.integers("layers", 0, LAYER_MAX, most=LAYERS_MAX),
         model=ModelName(model) if model is not None else None,
         max_concurrency=capabilities.integer("max_concurrency", 1, CONCURRENCY_MAX) or CONCURRENCY_DEFAULT,
+        can=capabilities.words("can", CAPABILITIES),
     )
 
 

@@ -107,6 +107,7 @@ end
 
 -- nil, or why the job cannot be taken: {code, wait ms, detail, figure}. `waiting` counts this call's jobs in.
 local served
+local able_nodes = {} -- looked for once in a call for all jobs that ask for the same
 local function refusal(j, waiting)
   if j.redrive == '1' then
     return nil
@@ -117,8 +118,12 @@ local function refusal(j, waiting)
   if not served then
     return no_server(tonumber(ARGV[5]))
   end
-  if j.needs and count_able(prefix, model, j.needs, now - ARGV[5], 1) == 0 then
-    return no_able(j.needs, tonumber(ARGV[5]))
+  if j.needs then
+    local asked = concat(j.needs, ' ')
+    able_nodes[asked] = able_nodes[asked] or count_able(prefix, model, j.needs, now - ARGV[5], 1)
+    if able_nodes[asked] == 0 then
+      return no_able(j.needs, tonumber(ARGV[5]))
+    end
   end
   if waiting >= tonumber(ARGV[4]) then
     return {'queue_full', wait_for(waiting * 0.1), '', waiting}

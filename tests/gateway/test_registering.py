@@ -69,6 +69,19 @@ async def test_what_is_left_out_is_asked_or_assigned(pair: tuple[Served, Served]
     assert body["max_concurrency"] == 4
 
 
+async def test_what_the_owner_says_that_his_node_can_do_reaches_the_dispatchers(
+    pair: tuple[Served, Served], node: FakeNode
+) -> None:
+    found = []
+    every: list[dict[str, Any]] = [{}, {"can": []}, {"can": ["logprobs"]}]
+    for said in every:
+        await pair[0].call("POST", "/api/gpu/register", registration(node.url, model="a", **said))
+        view = await pair[0].gateway.caller.cell_of("a").node(NodeId("test-node"))
+        found.append(None if view is None else view.can)
+
+    assert found == [None, (), ("logprobs",)]
+
+
 async def test_both_forms_of_a_heartbeat_keep_a_node_active(pair: tuple[Served, Served], node: FakeNode) -> None:
     first, second = pair
     await first.call("POST", "/api/gpu/register", registration(node.url))

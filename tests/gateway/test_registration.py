@@ -44,6 +44,11 @@ def test_an_address_is_kept_as_its_base(given: str, kept: str) -> None:
     assert parse_registration(body(api_url=given)).api_url == kept
 
 
+@pytest.mark.parametrize(("given", "kept"), [(["logprobs", "logprobs"], ("logprobs",)), ([], ()), (None, None)])
+def test_what_a_node_can_do_is_said_or_left_open(given: Any, kept: Any) -> None:
+    assert parse_registration(capabilities(can=given)).can == kept
+
+
 def test_unknown_fields_and_nulls_are_left_out() -> None:
     node = parse_registration({**capabilities(layers=None, model=None, max_concurrency=None, color="red"), "x": 1})
 
@@ -88,6 +93,9 @@ def test_unknown_fields_and_nulls_are_left_out() -> None:
         (capabilities(layers=list(range(2000))), "capabilities.layers"),
         (capabilities(model=7), "capabilities.model"),
         (capabilities(model="a b"), "capabilities.model"),
+        (capabilities(can="logprobs"), "capabilities.can"),
+        (capabilities(can=["logprobs", 5]), "capabilities.can"),
+        (capabilities(can=["telepathy"]), "capabilities.can"),
         (capabilities(max_concurrency=0), "capabilities.max_concurrency"),
         (capabilities(max_concurrency="4"), "capabilities.max_concurrency"),
         (capabilities(max_concurrency=10**9), "capabilities.max_concurrency"),
