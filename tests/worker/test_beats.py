@@ -7,9 +7,10 @@ import time
 import msgspec
 import pytest
 
-from bus.codec.events import NodeBeat, event_fields, parse_event
+from bus.codec.events import ForeignEntry, NodeBeat, event_fields, parse_event
 from bus.codec.wire import Owned
 from bus.ids import Holder, NodeId
+from bus.jobs import Capability
 from gpu_worker.beats import LOOK_S, is_news, make_beat, rest_s
 from gpu_worker.engine import EngineInfo, EngineLoad
 from gpu_worker.loop_lag import TICK_S, WINDOW, LoopLag
@@ -36,6 +37,22 @@ def test_a_beat_is_full_state_and_survives_the_wire():
 
     assert sent_and_read(beat) == beat
     assert (beat.holder, beat.models, beat.capacity, beat.resume) == ("n1.7", ("echo",), 4, "echo-1")
+
+
+@pytest.mark.parametrize("can", [("logprobs",), (), None])
+def test_a_beat_says_what_the_engine_says_that_it_can_do_or_nothing_of_it(can: tuple[Capability, ...] | None):
+    """An older worker says nothing: that is not the same as being able to do nothing."""
+    beat = make_beat(OWNED, msgspec.structs.replace(INFO, can=can), LOAD)
+
+    assert sent_and_read(beat).can == can
+
+
+@pytest.mark.parametrize("can", [("a b",), ("",), ("LOGPROBS:9",), ("x",) * 17])
+def test_what_is_no_name_of_a_capability_is_foreign(can: tuple[str, ...]):
+    beat = msgspec.structs.replace(make_beat(OWNED, INFO, LOAD), can=can)
+
+    with pytest.raises(ForeignEntry, match="can must be"):
+        sent_and_read(beat)
 
 
 def test_small_changes_wait_for_the_next_beat_and_large_ones_do_not():
