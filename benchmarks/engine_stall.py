@@ -2,9 +2,11 @@
 
     chrt -r 1 python -m benchmarks.engine_stall [--model DIR] [--answers 1,4,16] [--prompts 2000,8000] [--threads 1]
 
-For each number of answers and each length of prompt: the answers run alone for a while, then the prompt arrives.
-Printed: the time between two tokens of an answer before and meanwhile, in units of the median before, where 3 is the
-promise (its own interval and two more); the prompt's time to first token, and what that is with nobody else there.
+For each number of answers and each length of prompt: the answers run alone for a while, then the prompt arrives, and
+when it has its first token they run alone again. Printed: the time between two tokens of an answer alone and
+meanwhile, in units of its own interval, where 3 is the promise (its own and two more); the prompt's time to first
+token, and what that is with nobody else there. An answer's own interval grows with its length: it goes from the median
+before to the median afterwards, step by step.
 
 On a shared machine look at the answers alone first: whatever their p99 is above 1 is the machine's. The last column
 counts only time that the steps' thread had a core: what the engine does, whoever else runs (best with one thread).
@@ -29,18 +31,45 @@ from gpu_worker.torch_engine.config import TorchEngineConfig
 from gpu_worker.torch_engine.prompt import Answer, prepare
 
 ANSWER_PROMPT = 64
-ALONE_STEPS = 60  # measured before the prompt comes
+ALONE_STEPS = 60  # measured before the prompt comes, and as many afterwards
 PLAIN_TOKENS = (1000, 40_000)  # ordinary words of the default model's vocabulary
 NEW_MAX = 4000  # of each answer: more than the prompt takes steps
 
 
 @dataclasses.dataclass(frozen=True)
+class Steps:
+    """Some steps in a row: of each the milliseconds that its answers waited, and what it took by its thread's clock."""
+
+    gaps_ms: list[list[float]]
+    cpu_ms: list[float]
+
+    def usual_ms(self) -> float:
+        return statistics.median(gap for gaps in self.gaps_ms for gap in gaps)
+
+    def usual_cpu_ms(self) -> float:
+        return statistics.median(self.cpu_ms)
+
+
+@dataclasses.dataclass(frozen=True)
 class Stall:
-    alone_ms: list[float]  # between two tokens of an answer
-    beside_ms: list[float]  # the same while the prompt comes in
-    alone_cpu_ms: list[float]  # of each step, by the thread's own clock
-    beside_cpu_ms: list[float]
+    before: Steps
+    beside: Steps  # while the prompt comes in
+    after: Steps
     first_ms: float  # the prompt's first token
+
+    def in_intervals(self) -> list[float]:
+        """Each gap while the prompt came in, in units of the answers' own interval at that time."""
+        units = between(self.before.usual_ms(), self.after.usual_ms(), len(self.beside.gaps_ms))
+        return [gap / unit for gaps, unit in zip(self.beside.gaps_ms, units, strict=True) for gap in gaps]
+
+    def in_cpu_intervals(self) -> list[float]:
+        units = between(self.before.usual_cpu_ms(), self.after.usual_cpu_ms(), len(self.beside.cpu_ms))
+        return [cpu / unit for cpu, unit in zip(self.beside.cpu_ms, units, strict=True)]
+
+
+def between(first: float, last: float, count: int) -> list[float]:
+    """`count` values from one to the other."""
+    return [first + (last - first) * (place + 0.5) / count for place in range(count)]
 
 
 def measure_stall(engine: Assembled, answers: int, prompt_len: int, chance: random.Random) -> Stall:
@@ -50,31 +79,37 @@ def measure_stall(engine: Assembled, answers: int, prompt_len: int, chance: rand
     last_s: dict[str, float] = {}
     while len(last_s) < answers:
         step(engine, last_s)
-    for _ in range(10):  # the step after the last prompt is not yet an ordinary one
-        step(engine, last_s)
-    alone: list[float] = []
-    alone_cpu = [timed_step(engine, last_s, alone) for _ in range(ALONE_STEPS)]
+    before = steps_alone(engine, last_s)
 
     prompt = random_answer(engine, "prompt", prompt_len, 1, chance)
     began_s = time.perf_counter()
     engine.core.add(prompt)
-    beside: list[float] = []
-    beside_cpu: list[float] = []
+    beside = Steps([], [])
     while not prompt.sequence.first_token_s:
-        beside_cpu.append(timed_step(engine, last_s, beside))
+        timed_step(engine, last_s, beside)
     first_ms = 1000 * (time.perf_counter() - began_s)
+    after = steps_alone(engine, last_s)
     for name in names:
         engine.core.cancel(name)
     while not engine.core.idle:
         engine.core.step()
-    return Stall(alone, beside, alone_cpu, beside_cpu, first_ms)
+    return Stall(before, beside, after, first_ms)
 
 
-def timed_step(engine: Assembled, last_s: dict[str, float], gaps_ms: list[float]) -> float:
-    """Milliseconds that this thread had a core for. gaps_ms: gets what the answers waited."""
+def steps_alone(engine: Assembled, last_s: dict[str, float]) -> Steps:
+    for _ in range(10):  # the step after the last prompt is not yet an ordinary one
+        step(engine, last_s)
+    steps = Steps([], [])
+    for _ in range(ALONE_STEPS):
+        timed_step(engine, last_s, steps)
+    return steps
+
+
+def timed_step(engine: Assembled, last_s: dict[str, float], steps: Steps) -> None:
+    """One more of `steps`."""
     began_s = time.thread_time()
-    gaps_ms += step(engine, last_s)
-    return 1000 * (time.thread_time() - began_s)
+    steps.gaps_ms.append(step(engine, last_s))
+    steps.cpu_ms.append(1000 * (time.thread_time() - began_s))
 
 
 def step(engine: Assembled, last_s: dict[str, float]) -> list[float]:
@@ -116,17 +151,24 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def show(answers: int, prompt_len: int, found: Stall, undisturbed_ms: float) -> str:
-    usual = statistics.median(found.alone_ms)
+    before_ms, after_ms = found.before.usual_ms(), found.after.usual_ms()
+    alone = [gap / before_ms for gaps in found.before.gaps_ms for gap in gaps]
+    alone += [gap / after_ms for gaps in found.after.gaps_ms for gap in gaps]
 
-    def ratios(values: Sequence[float], unit: float = usual) -> str:
-        p50, p99 = percentile(values, 0.5) / unit, percentile(values, 0.99) / unit
-        return f"{p50:.2f} / {p99:.2f} / {max(values) / unit:.2f}"
+    def spread(values: Sequence[float]) -> str:
+        return f"{percentile(values, 0.5):.2f} / {percentile(values, 0.99):.2f} / {max(values):.2f}"
 
-    return (
-        f"| {answers} | {prompt_len} | {usual:.1f} | {ratios(found.alone_ms)} | {ratios(found.beside_ms)}"
-        f" | {prompt_len / len(found.beside_cpu_ms):.0f} | {found.first_ms / 1000:.2f} / {undisturbed_ms / 1000:.2f}"
-        f" | {ratios(found.beside_cpu_ms, statistics.median(found.alone_cpu_ms))} |"
+    cells = (
+        answers,
+        prompt_len,
+        f"{before_ms:.1f} / {after_ms:.1f}",
+        spread(alone),
+        spread(found.in_intervals()),
+        f"{prompt_len / len(found.beside.cpu_ms):.0f}",
+        f"{found.first_ms / 1000:.2f} / {undisturbed_ms / 1000:.2f}",
+        spread(found.in_cpu_intervals()),
     )
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def main() -> None:
@@ -146,14 +188,15 @@ def main() -> None:
             capacity=max(answers) + 1,
             dtype=options.dtype,
             threads=options.threads,
-            kv_tokens=max(prompts) + 64 + max(answers) * (ANSWER_PROMPT + 1000),
+            kv_tokens=max(prompts) + 64 + max(answers) * (ANSWER_PROMPT + 1200),
             prefix_cache=False,
         )
     )
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {engine.threads} threads\n")
     print(
-        "| answers | prompt | alone: p50 ms | alone: p50 / p99 / max in its p50 | meanwhile: p50 / p99 / max likewise |"
-        " prompt tokens a step | first token s: beside them / nobody there | meanwhile, by the thread's clock |"
+        "| answers | prompt | interval ms: before / afterwards | alone: p50 / p99 / max in intervals |"
+        " meanwhile: p50 / p99 / max | prompt tokens a step | first token s: beside them / nobody there |"
+        " meanwhile, by the thread's clock |"
     )
     print("|---:|---:|---:|---:|---:|---:|---:|---:|")
     chance = random.Random(1)

@@ -17,7 +17,7 @@ from typing import Literal
 from gpu_worker.engine import End, EngineLoad, Piece
 from gpu_worker.torch_engine.plan import Plan, Work
 from gpu_worker.torch_engine.prompt import Answer
-from gpu_worker.torch_engine.rates import Rates, capacity_now, prompt_budget
+from gpu_worker.torch_engine.rates import Rates, capacity_now
 from gpu_worker.torch_engine.runner import Flight, Result, Runner
 from gpu_worker.torch_engine.sampler import SampledToken
 from gpu_worker.torch_engine.scheduler import Scheduler
@@ -133,8 +133,7 @@ class EngineCore:
 
     def _prompt_budget(self) -> int:
         scheduler = self.scheduler
-        return prompt_budget(
-            self.rates.step_time,
+        return self.rates.prompt_budget(
             chunk_max=scheduler.chunk_max,
             answers=scheduler.answers(),
             prompts=scheduler.prompts(),

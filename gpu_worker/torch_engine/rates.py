@@ -7,7 +7,9 @@ kinds of work each gets its share of the time, and neither rate counts the other
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 
+from gpu_worker.torch_engine.interval import OwnInterval
 from gpu_worker.torch_engine.step_time import Piece, StepTime, load_of
 
 FOLLOW = 0.1  # weight of the newest value in the moving averages
@@ -15,8 +17,9 @@ PREFILL_MEMORY = 2048  # prompt tokens after which what was measured before coun
 CHUNK_S = 0.5  # a longer chunk computes no faster, and whoever could be answered in between would wait for it
 STALL = 2.0  # of its own token intervals that a running answer waits for a prompt, per step
 AIM = 0.9  # of that: what is between two steps takes time too
-CAREFUL = 2.0  # standard deviations by which an expectation may be wrong and the promise still holds
-NOISE_HEEDED = 0.2  # a machine noisier than this stalls answers itself; prompts must get on nevertheless
+CAREFUL = 2.0  # standard deviations by which a step may take longer than expected and the promise still holds
+NOISE_HEEDED = 0.1  # a machine noisier than this stalls answers itself; prompts must get on nevertheless
+EVEN = 0.9  # of the prompt tokens per second of a longer step: a shorter one is as good
 
 
 class Rates:
@@ -24,6 +27,7 @@ class Rates:
 
     def __init__(self) -> None:
         self.step_time = StepTime()
+        self._interval = OwnInterval(self.step_time)
         self.sequence_tokens = 512.0  # what a finished sequence held, for the capacity
         self._prompt_tokens = 0.0  # lately computed ones, those from the prefix cache left out ...
         self._prompt_s = 0.0  # ... and what they took
@@ -47,12 +51,29 @@ class Rates:
         """One step. new_tokens: that its decode pieces gave their answers; each one if not said."""
         if not (decode or prefill) or not 0.0 < seconds < math.inf:
             return
-        self.step_time.observe(load_of(decode, prefill), seconds)
+        load = load_of(decode, prefill)
+        self.step_time.observe(load, seconds)
         if decode:
+            self._interval.observe(load, seconds)
             given = len(decode) if new_tokens is None else new_tokens
             self._row_tokens = _follow(self._row_tokens, given / len(decode))
         if prefill:
             self._observe_prefill(decode, prefill, seconds)
+
+    def prompt_budget(
+        self, *, chunk_max: int, answers: Sequence[Piece], prompts: Iterable[Piece], arriving: int = 1
+    ) -> int:
+        """As the function says; 0 if the next step should be without prompts, to measure what it takes."""
+        if arriving and promised(answers, arriving) and self._interval.outdated:
+            return 0
+        return prompt_budget(
+            self.step_time,
+            interval_s=self._interval.seconds(load_of(answers)) if answers and self.step_time.steps else 0.0,
+            chunk_max=chunk_max,
+            answers=answers,
+            prompts=prompts,
+            arriving=arriving,
+        )
 
     def _observe_prefill(self, decode: Sequence[Piece], prefill: Sequence[Piece], seconds: float) -> None:
         """Sums, so that a short chunk weighs as much as it took; of a mixed step the decode pieces' share is theirs."""
@@ -67,33 +88,47 @@ class Rates:
         self.sequence_tokens = _follow(self.sequence_tokens, tokens)
 
 
+def promised(answers: Sequence[Piece], arriving: int) -> bool:
+    """Whether prompts may take no more than STALL of the answers' time: else more wait for them than for these."""
+    return bool(answers) and arriving <= len(answers)
+
+
 def prompt_budget(
-    step_time: StepTime, *, chunk_max: int, answers: Sequence[Piece], prompts: Iterable[Piece], arriving: int = 1
+    step_time: StepTime,
+    *,
+    interval_s: float,
+    chunk_max: int,
+    answers: Sequence[Piece],
+    prompts: Iterable[Piece],
+    arriving: int = 1,
 ) -> int:
     """Prompt tokens of the next step, at least 1.
 
-    answers: the decode pieces of that step; prompts: (computed, still to compute) of each prompt in the order in which
-    they are taken; arriving: how many wait for their first token.
+    interval_s: what a step takes with the answers alone; answers: their pieces; prompts: (computed, still to compute)
+    of each prompt in the order in which they are taken; arriving: how many wait for their first token.
 
     So few tokens that the answers wait at most STALL of their own intervals longer; while more prompts arrive than
-    answers run, in proportion longer, since all of these wait too. In any case about CHUNK_S.
+    answers run, in proportion longer, since all of these wait too. In any case about CHUNK_S, and no further than to
+    the end of a prompt if that is about as fast: its first token need not wait for a part of the next prompt.
     """
     wanted = list(first_tokens(prompts, chunk_max))
     most = max(1, sum(count for _, count in wanted))
     if not step_time.steps:
         return most
-    interval_s = step_time.expected_s(load_of(answers)) if answers else 0.0
     patience_s = STALL * AIM * max(1.0, arriving / len(answers)) * interval_s if answers else CHUNK_S
     limit_s = interval_s + min(CHUNK_S, patience_s)
-    promised = bool(answers) and arriving <= len(answers)
+    alone, heeds = load_of(answers), promised(answers, arriving)
     noise = min(step_time.noise, NOISE_HEEDED)
 
     def fits(tokens: int) -> bool:
         load = load_of(answers, first_tokens(wanted, tokens))
-        careful = math.exp(CAREFUL * step_time.doubt(load) + noise) if promised else 1.0
+        careful = math.exp(CAREFUL * math.hypot(step_time.doubt(load, alone), noise)) if heeds else 1.0
         return step_time.expected_s(load) * careful <= limit_s
 
-    return _largest(most, fits)
+    def token_s(tokens: int) -> float:
+        return step_time.expected_s(load_of(answers, first_tokens(wanted, tokens))) / tokens
+
+    return _first_end([count for _, count in wanted], _largest(most, fits), token_s)
 
 
 def first_tokens(prompts: Iterable[Piece], tokens: int) -> Iterator[Piece]:
@@ -114,6 +149,16 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
         middle = (least + most) // 2
         least, most = (middle, most) if fits(middle) else (least, middle)
     return least
+
+
+def _first_end(counts: Iterable[int], most: int, token_s: Callable[[int], float]) -> int:
+    """Of 1..most tokens of pieces in a row as many as end a piece, if a token of them takes about what one of all does.
+
+    token_s: seconds per token of a step of so many.
+    """
+    allowed_s = token_s(most) / EVEN
+    ends = (end for end in accumulate(counts) if end < most)
+    return next((end for end in ends if token_s(end) <= allowed_s), most)
 
 
 def _follow(before: float, new: float) -> float:

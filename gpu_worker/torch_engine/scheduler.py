@@ -104,7 +104,7 @@ class Scheduler:
     def plan(self, budget: int | None = None, *, drafts: bool = True) -> Plan:
         """The next step. Blocks for all its tokens are in place.
 
-        budget: prompt tokens and drafts of this step, at least 1 and at most `chunk_max`, which is the default.
+        budget: prompt tokens and drafts of this step, at most `chunk_max`, which is the default; 0 only beside answers.
         drafts: whether there may be any.
         Empty only if nothing waits or runs, or if what is in flight has to be read first.
         """

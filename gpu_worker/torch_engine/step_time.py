@@ -1,8 +1,12 @@
 """How long a step takes, learned from the steps that were. Pure: no clock, no tensors.
 
-    seconds = start + token * tokens + chunk * chunks + read * keys read + score * (token, key) pairs
+    seconds = start + rows(tokens) + chunk * chunks + read * keys read + score * (token, key) pairs
 
-The five costs differ by orders of magnitude between machines, models and kernels, and all of them change together when
+A further row costs little while reading the weights costs more than computing with them, and from some number of rows
+on it costs what its arithmetic does; kernels change their ways in between. So `rows` is a line with bends at the powers
+of two, whose slopes are costs like the others; what is learned of one slope says something about those beside it.
+
+The costs differ by orders of magnitude between machines, models and kernels, and all of them change together when
 a neighbour takes a core. So what is estimated is their *logarithms*, by an extended Kalman filter: a cost is never
 negative, no unit and no constant of any machine is built in, and a step that says nothing about a cost (there was no
 prompt in it) still moves it with the others, because the uncertainty that grows between steps is mostly that of the
@@ -12,12 +16,20 @@ believed at once. How far an expectation may be wrong is known too: who has seen
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from typing import Any
+
+import numpy
 
 Piece = tuple[int, int]  # (start, count): tokens of one sequence that a step computes, behind `start` computed ones
+Vector = numpy.ndarray[Any, numpy.dtype[numpy.float64]]
+
+BENDS = (1, 2, 4, 8, 16, 32, 64)  # tokens of a step from which on a further one may cost another amount
 
 # Costs before the first step, relative to each other, and how wrong each may well be (standard deviation of its log).
-PRIOR = ((1.0, 1.0), (0.05, 1.5), (0.1, 1.5), (3e-5, 2.0), (3e-5, 2.0))
+START, CHUNK, READ, SCORE = (1.0, 1.0), (0.1, 1.5), (3e-5, 2.0), (3e-5, 2.0)
+ROW = (0.05, 1.5)
+ROW_APART, ROW_NEXT = 0.7, 0.5  # how far the rows' slopes lie apart on top, and what two neighbours share of that
 SPEED_UNKNOWN = 10.0  # of the log of all together: nothing is known of the machine
 SPEED_DRIFT, COST_DRIFT = 0.01, 0.005  # growth of these per step: speeds change, costs relative to each other hardly
 NOISE_LEAST, NOISE_FIRST, NOISE_MOST = 0.02, 0.1, 0.5  # of one step's log time around what was expected
@@ -25,6 +37,9 @@ NOISE_WEIGHT = 0.03
 OUTLIER = 3.0  # standard deviations beyond which a step counts no more than one at this distance
 SURPRISES_MAX = 3  # outliers on the same side in a row: the speed has changed
 MOVE_MAX = 1.0  # of a cost's log in one step: the filter is linear only nearby
+
+
+_ENDS = (*BENDS[1:], math.inf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +52,10 @@ class Load:
     pairs: float = 0.0  # of a token and a key that it looks at
 
     @property
-    def factors(self) -> tuple[float, float, float, float, float]:
-        """One factor for each cost."""
-        return 1.0, self.tokens, self.chunks, self.keys, self.pairs
+    def factors(self) -> Vector:
+        """One factor for each cost: start, rows between two bends, chunks, keys, pairs."""
+        rows = [float(min(max(self.tokens - low, 0), high - low)) for low, high in zip(BENDS, _ENDS, strict=True)]
+        return numpy.array([1.0, *rows, self.chunks, self.keys, self.pairs])
 
 
 def load_of(decode: Iterable[Piece], prefill: Iterable[Piece] = ()) -> Load:
@@ -58,19 +74,25 @@ class StepTime:
     def __init__(self) -> None:
         self.noise = NOISE_FIRST  # of one step, standard deviation of the log
         self.steps = 0
-        self._costs = [math.log(cost) for cost, _ in PRIOR]  # natural logarithms
-        places = range(len(PRIOR))
-        self._covariance = [[SPEED_UNKNOWN**2 + (PRIOR[i][1] ** 2 if i == j else 0.0) for j in places] for i in places]
+        priors = (START, *[ROW for _ in BENDS], CHUNK, READ, SCORE)
+        self._costs = numpy.log([cost for cost, _ in priors])
+        self._covariance = _prior_covariance([doubt for _, doubt in priors])
+        self._most = self._covariance.diagonal().copy()
         self._surprises = 0  # outliers in a row; negative: faster ones
 
     def expected_s(self, load: Load) -> float:
         """Seconds; meaningless before the first step."""
-        return math.fsum(self._parts(load))
+        return float(self._parts(load).sum())
 
-    def doubt(self, load: Load) -> float:
-        """How wrong `expected_s` may be, standard deviation of its log; `noise` of the step itself comes on top."""
+    def doubt(self, load: Load, than: Load | None = None) -> float:
+        """How wrong `expected_s` may be, standard deviation of its log; `noise` of the step itself comes on top.
+
+        than: of how many times longer it takes than that; the machine's speed does not matter then.
+        """
         shares = _shares(self._parts(load))
-        return math.sqrt(max(0.0, _dot(shares, self._times(shares))))
+        if than is not None:
+            shares -= _shares(self._parts(than))
+        return math.sqrt(max(0.0, float(shares @ self._covariance @ shares)))
 
     def observe(self, load: Load, seconds: float) -> None:
         if not 0.0 < seconds < math.inf:
@@ -78,31 +100,31 @@ class StepTime:
         self._drift()
         parts = self._parts(load)
         shares = _shares(parts)  # the derivative of the log of the sum
-        missed = math.log(seconds / math.fsum(parts))
-        toward = self._times(shares)
-        unknown = _dot(shares, toward)
+        missed = math.log(seconds / parts.sum())
+        toward = self._covariance @ shares
+        unknown = float(shares @ toward)
         if self._is_new_speed(missed, math.sqrt(unknown + self.noise**2)):
-            self._doubt_speed(missed)
-            toward = self._times(shares)
-            unknown = _dot(shares, toward)
-        reach = OUTLIER * math.sqrt(unknown + self.noise**2)
+            self._surprises = 0
+            self._covariance += missed**2
+            toward = self._covariance @ shares
+            unknown = float(shares @ toward)
+        variance = unknown + self.noise**2
+        reach = OUTLIER * math.sqrt(variance)
         believed = max(-reach, min(reach, missed))
-        self._move(toward, believed / (unknown + self.noise**2), unknown + self.noise**2)
+        move = toward * (believed / variance)
+        self._costs += move.clip(-MOVE_MAX, MOVE_MAX) if self.steps else move
+        self._covariance -= numpy.outer(toward, toward) / variance
         self._learn_noise(believed, unknown)
         self.steps += 1
 
-    def _parts(self, load: Load) -> list[float]:
-        return [math.exp(cost) * factor for cost, factor in zip(self._costs, load.factors, strict=True)]
-
-    def _times(self, vector: Sequence[float]) -> list[float]:
-        return [_dot(row, vector) for row in self._covariance]
+    def _parts(self, load: Load) -> Vector:
+        return numpy.exp(self._costs) * load.factors
 
     def _drift(self) -> None:
         """Between two steps everything may have become slower or faster, and each cost a little."""
-        for i, row in enumerate(self._covariance):
-            for j in range(len(row)):
-                row[j] += SPEED_DRIFT**2
-            row[i] = min(row[i] + COST_DRIFT**2, SPEED_UNKNOWN**2 + PRIOR[i][1] ** 2)
+        self._covariance += SPEED_DRIFT**2
+        own = self._covariance.diagonal()
+        numpy.fill_diagonal(self._covariance, numpy.minimum(own + COST_DRIFT**2, self._most))
 
     def _is_new_speed(self, missed: float, deviation: float) -> bool:
         if abs(missed) <= OUTLIER * deviation:
@@ -112,19 +134,6 @@ class StepTime:
         self._surprises = (self._surprises if same_side else 0) + (1 if missed > 0 else -1)
         return abs(self._surprises) >= SURPRISES_MAX
 
-    def _doubt_speed(self, missed: float) -> None:
-        self._surprises = 0
-        for row in self._covariance:
-            for j in range(len(row)):
-                row[j] += missed**2
-
-    def _move(self, toward: Sequence[float], by: float, variance: float) -> None:
-        for i, gain in enumerate(toward):
-            self._costs[i] += max(-MOVE_MAX, min(MOVE_MAX, gain * by)) if self.steps else gain * by
-        for i, row in enumerate(self._covariance):
-            for j in range(len(row)):
-                row[j] -= toward[i] * toward[j] / variance
-
     def _learn_noise(self, missed: float, unknown: float) -> None:
         """What is missed is partly ignorance; only the rest is noise."""
         square = max(missed**2 - unknown, 0.0)
@@ -132,10 +141,16 @@ class StepTime:
         self.noise = min(NOISE_MOST, max(NOISE_LEAST, math.sqrt(variance)))
 
 
-def _shares(parts: Sequence[float]) -> list[float]:
-    total = math.fsum(parts)
-    return [part / total for part in parts]
+def _prior_covariance(doubts: list[float]) -> Vector:
+    """Of the costs' logs. All share the machine's speed, the rows' slopes what a row costs, and neighbours more."""
+    places = numpy.arange(len(doubts))
+    rows = (places >= 1) & (places <= len(BENDS))
+    apart = abs(places[:, None] - places)
+    own = numpy.diag(numpy.square(doubts))
+    shared = ROW[1] ** 2 + ROW_APART**2 * ROW_NEXT**apart
+    relative: Vector = numpy.where(rows[:, None] & rows, shared, own)
+    return relative + SPEED_UNKNOWN**2
 
 
-def _dot(one: Sequence[float], other: Sequence[float]) -> float:
-    return sum(a * b for a, b in zip(one, other, strict=True))
+def _shares(parts: Vector) -> Vector:
+    return parts / float(parts.sum())

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_worker.torch_engine.rates import CHUNK_S, Rates, capacity_now, first_tokens, prompt_budget
-from gpu_worker.torch_engine.step_time import Piece, StepTime, load_of
+from gpu_worker.torch_engine.rates import CHUNK_S, Rates, capacity_now, first_tokens
+from gpu_worker.torch_engine.step_time import Piece, load_of
 from tests.torch_engine.machine import CPU, Machine, warmed_up
 
 ANSWERS: list[Piece] = [(100, 1)] * 4
@@ -120,44 +120,61 @@ def test_no_history_makes_a_figure_that_is_none(steps: list[tuple[list[Piece], l
     figures = rates.prefill_rate, rates.decode_rate([]), rates.decode_rate(ANSWERS)
 
     assert all(math.isfinite(figure) and figure >= 0 for figure in figures)
-    assert 1 <= prompt_budget(rates.step_time, chunk_max=512, answers=ANSWERS, prompts=[(0, 900)]) <= 512
+    assert 1 <= rates.prompt_budget(chunk_max=512, answers=ANSWERS, prompts=[(0, 900)]) <= 512
 
 
 def test_without_answers_a_chunk_is_as_long_as_half_a_second():
     known = warmed_up(Machine(*CPU))
 
-    tokens = prompt_budget(known, chunk_max=512, answers=[], prompts=[(0, 2000)])
+    tokens = known.prompt_budget(chunk_max=512, answers=[], prompts=[(0, 2000)])
 
-    assert known.expected_s(load_of([], [(0, tokens)])) == pytest.approx(CHUNK_S, rel=0.02)
-    assert prompt_budget(known, chunk_max=64, answers=[], prompts=[(0, 2000)]) == 64
+    assert known.step_time.expected_s(load_of([], [(0, tokens)])) == pytest.approx(CHUNK_S, rel=0.02)
+    assert known.prompt_budget(chunk_max=64, answers=[], prompts=[(0, 2000)]) == 64
 
 
 def test_an_unmeasured_engine_takes_whole_chunks():
     """Its first prompt has nobody to stall."""
-    assert prompt_budget(StepTime(), chunk_max=512, answers=[], prompts=[(0, 2000)]) == 512
+    assert Rates().prompt_budget(chunk_max=512, answers=[], prompts=[(0, 2000)]) == 512
 
 
 def test_a_burst_of_prompts_goes_before_the_few_that_already_answer():
     """Else one early answer would hold up thirty who wait for their first token; but nobody waits for long."""
     known = warmed_up(Machine(*CPU, noise=0.0))
-    burst: list[Piece] = [(0, 128)] * 31
+    burst: list[Piece] = [(0, 400)] * 31
 
     def extra_s(arriving: int) -> float:
-        tokens = prompt_budget(known, chunk_max=512, answers=ANSWERS[:1], prompts=burst[:arriving], arriving=arriving)
-        alone_s = known.expected_s(load_of(ANSWERS[:1]))
-        return known.expected_s(load_of(ANSWERS[:1], first_tokens(burst, tokens))) - alone_s
+        tokens = known.prompt_budget(chunk_max=512, answers=ANSWERS[:1], prompts=burst[:arriving], arriving=arriving)
+        alone_s = known.step_time.expected_s(load_of(ANSWERS[:1]))
+        return known.step_time.expected_s(load_of(ANSWERS[:1], first_tokens(burst, tokens))) - alone_s
 
     assert extra_s(1) < extra_s(3) < extra_s(31)
     assert CHUNK_S * 0.97 < extra_s(31) <= CHUNK_S
+
+
+def test_a_step_ends_with_a_prompt_where_that_is_about_as_fast():
+    """The first token of one need not wait for half of the next."""
+    machine = Machine(*CPU, noise=0.0)
+    known = warmed_up(machine)
+    for count in (8, 16, 64, 128, 190):
+        machine.observed(known, [], [(0, count)])
+
+    def tokens(*counts: int) -> int:
+        return known.prompt_budget(chunk_max=512, answers=[], prompts=[(0, count) for count in counts])
+
+    assert tokens(128, 128, 128) == 128
+    assert tokens(8, 150, 150) == 158  # a step of 8 would be mostly its start
+    assert 180 < tokens(8, 2000) < 200  # so would it be here, and the other's end is too far away
+    assert tokens(4, 4) == 8
 
 
 def test_a_long_context_makes_chunks_shorter():
     machine = Machine(0.005, 0.0005, 0.0002, 1e-6, 2e-6, noise=0.0)
     known = warmed_up(machine)
     for start in range(0, 4000, 100):
-        machine.step(known, ANSWERS, [(start, 20)])
+        machine.observed(known, ANSWERS, [(start, 20)])
+    machine.observed(known, ANSWERS, [])
 
-    chunks = [prompt_budget(known, chunk_max=512, answers=ANSWERS, prompts=[(at, 500)]) for at in (0, 500, 2000, 8000)]
+    chunks = [known.prompt_budget(chunk_max=512, answers=ANSWERS, prompts=[(at, 500)]) for at in (0, 500, 2000, 8000)]
 
     assert chunks == sorted(chunks, reverse=True)
     assert chunks[0] > 3 * chunks[-1]
@@ -167,7 +184,7 @@ def test_however_slow_a_prompt_gets_on():
     machine = Machine(1e-6, 10.0, 0.0, 0.0, 0.0, noise=0.0)
     known = warmed_up(machine)
 
-    assert prompt_budget(known, chunk_max=512, answers=ANSWERS, prompts=[(0, 2000)]) == 1
+    assert known.prompt_budget(chunk_max=512, answers=ANSWERS, prompts=[(0, 2000)]) == 1
 
 
 def test_several_prompts_share_a_chunk_in_their_order():
