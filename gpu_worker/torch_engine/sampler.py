@@ -101,15 +101,23 @@ def sample_rows(logits: Tensor, plan: SamplerPlan, late_tokens: Tensor | None = 
     """logits: (rows, V) float32. late_tokens: (rows,) int64 on the device, for a row whose last token the host did not
     know when it planned; -1 for all others."""
     raw = logits
-    best, tokens = raw.max(-1)  # of the raw ones: only what the model itself made counts as not finite
+    tokens = _likeliest(raw)
+    best = raw.gather(1, tokens[:, None])[:, 0]  # of the raw ones: only what the model itself made counts as not finite
     if plan.adjustments is not None:
         changed = adjust(logits, plan.adjustments, late_tokens)
-        tokens[plan.adjustments.rows] = changed.max(-1).indices
+        tokens[plan.adjustments.rows] = _likeliest(changed)
         logits = logits.index_copy(0, plan.adjustments.rows, changed)
     if plan.drawn is not None:
         tokens[plan.drawn.rows] = _draw(logits[plan.drawn.rows], plan.drawn)
     tokens = torch.where(torch.isfinite(best), tokens, -1)
     return Sampled(tokens, None if plan.scored is None else _score(raw[plan.scored], tokens[plan.scored]))
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    """(rows, V) -> (rows,) int64: the first of the largest, or of what is no number."""
+    if logits.is_cuda:
+        return logits.argmax(-1)
+    return torch.from_numpy(logits.numpy().argmax(-1))  # torch takes ten times as long
 
 
 def to_host(sampled: Sampled, plan: SamplerPlan) -> list[SampledToken]:
