@@ -11,7 +11,7 @@ from benchmarks.peers.driver import claim_stdout, parse_options, serve
 from bus.ids import ModelName
 from bus.jobs import ChatJob, Sampling
 from gpu_worker.engine import GenerateRequest
-from gpu_worker.torch_engine.assembly import Assembled, assemble
+from gpu_worker.torch_engine.assembly import Assembled, assemble_for_good
 from gpu_worker.torch_engine.config import TorchEngineConfig
 from gpu_worker.torch_engine.prompt import Answer, prepare
 
@@ -22,7 +22,7 @@ def main() -> None:
     logging.getLogger("gpu_worker").addHandler(start)
     logging.getLogger("gpu_worker").setLevel(logging.INFO)
     began_s = time.perf_counter()
-    engine = assemble(
+    engine = assemble_for_good(
         TorchEngineConfig(
             model_dir=Path(options.model),
             capacity=options.requests,

@@ -1,6 +1,7 @@
 """Put an engine together: device, threads, dtype, weights, cache, core; and measure it before it takes work."""
 
 import dataclasses
+import gc
 import logging
 import os
 import time
@@ -93,6 +94,18 @@ def assemble(config: TorchEngineConfig) -> Assembled:
             "decode_rate": round(core.rates.decode_rate([])),
         },
     )
+    return assembled
+
+
+def assemble_for_good(config: TorchEngineConfig) -> Assembled:
+    """As `assemble`, in a process that is for this engine: what is loaded is never looked through for garbage again.
+
+    It is a quarter of a million Python objects, most of torch and Numba, and each look at them stops every thread for
+    more than 100 ms: running answers would stall every few thousand tokens.
+    """
+    assembled = assemble(config)
+    gc.collect()
+    gc.freeze()
     return assembled
 
 

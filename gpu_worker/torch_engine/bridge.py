@@ -93,6 +93,7 @@ class TorchEngine:
             capacity=self._config.capacity,
             resume_digest=self._assembled.digest,
             layers=tuple(range(self._assembled.layers)),
+            can=("logprobs",),
         )
 
     def submit(self, request: GenerateRequest) -> None:

@@ -1,11 +1,13 @@
 """What an engine chooses for a machine: by what is there, so that equal machines choose alike under any load."""
 
+import gc
 from pathlib import Path
 
 import pytest
 import torch
 
 from gpu_worker.torch_engine.assembly import (
+    assemble_for_good,
     available_bytes,
     choose_dtype,
     default_threads,
@@ -13,7 +15,9 @@ from gpu_worker.torch_engine.assembly import (
     machine_memory,
     usable_cores,
 )
+from gpu_worker.torch_engine.config import TorchEngineConfig
 from tests.torch_engine.test_cgroups import v2, write
+from tests.torch_engine.tiny import tiny_model
 
 
 @pytest.mark.parametrize(
@@ -56,3 +60,12 @@ def test_memory_that_only_caches_files_counts_as_free() -> None:
     assert available_bytes(meminfo) == 18_000 * 1024
     with pytest.raises(ValueError, match="MemAvailable"):
         available_bytes("MemFree:  300 kB\n")
+
+
+def test_what_is_loaded_for_good_is_not_looked_through_for_garbage(tmp_path: Path) -> None:
+    tiny_model(tmp_path)
+    try:
+        assert assemble_for_good(TorchEngineConfig(model_dir=tmp_path, capacity=1, warm_up=False)).core.idle
+        assert gc.get_freeze_count() > 10_000
+    finally:
+        gc.unfreeze()

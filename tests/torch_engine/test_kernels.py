@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from gpu_worker.torch_engine.batch import build_batch
 from gpu_worker.torch_engine.kernels import LOCK, cache_directory
 from gpu_worker.torch_engine.kernels.decoder import CompiledDecoder
 from gpu_worker.torch_engine.kernels.functions import exponential, silu
@@ -34,7 +35,9 @@ from gpu_worker.torch_engine.kernels.vectors import compiled, load, store
 from gpu_worker.torch_engine.kernels.weights import BLOCK_BYTES, FORM_NAMES, PackedWeight
 from gpu_worker.torch_engine.loader import load_weights
 from gpu_worker.torch_engine.model_config import parse_config
+from gpu_worker.torch_engine.plan import Plan, Work
 from gpu_worker.torch_engine.quantized import Quantized, Weight
+from gpu_worker.torch_engine.sequence import SamplingChoice, Sequence
 from gpu_worker.torch_engine.stored import PIECE_VALUES, pieces
 from tests.torch_engine.tiny import tiny_model
 
@@ -181,11 +184,41 @@ def test_the_same_bits_come_from_any_number_of_threads(rows):
     assert all((out == found[0]).all() for out in found)
 
 
-def test_a_decoder_that_is_dropped_ends_its_helpers(tmp_path: Path) -> None:
-    directory = tiny_model(tmp_path)
+def tiny_decoder(directory: Path, *, threads: int, blocks: int) -> CompiledDecoder:
+    tiny_model(directory)
     config = parse_config(json.loads((directory / "config.json").read_text()))
     weights = load_weights(directory, config, range(config.layers), PackedFactory(), lambda fraction: None)
-    decoder = CompiledDecoder(config, weights, blocks=4, context=64, threads=3)
+    return CompiledDecoder(config, weights, blocks=blocks, context=128, threads=threads)
+
+
+@torch.inference_mode()
+def test_heads_may_be_units_of_their_own_or_one_together(tmp_path: Path) -> None:
+    """Few single tokens are split by heads between the threads, many are not: the same bits."""
+    generator = torch.Generator().manual_seed(3)
+    tokens: list[list[int]] = torch.randint(1, 200, (8, 41), generator=generator).tolist()
+    found = []
+    for threads in (1, 2, 5):
+        decoder = tiny_decoder(tmp_path, threads=threads, blocks=16)
+        for together in (1, 3, 8):
+            rows = []
+            for at in range(0, 8, together):
+                some = [sequence_in(own, [1 + 2 * at, 2 + 2 * at]) for at, own in enumerate(tokens)][at : at + together]
+                prompts = Plan(prefill=tuple(Work(one, 0, tuple(one.tokens[:40]), 0) for one in some))
+                decoder.forward(build_batch(prompts, block_tokens=decoder.block_tokens))
+                answers = Plan(tuple(Work(one, 40, (one.tokens[40],), 1) for one in some))
+                rows.append(decoder.forward(build_batch(answers, block_tokens=decoder.block_tokens)).clone())
+            found.append(torch.cat(rows))
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+def sequence_in(tokens: list[int], blocks: list[int]) -> Sequence:
+    made = Sequence("s", tokens, len(tokens), 0, 1024, SamplingChoice(0.0, 1.0, 0, 0))
+    made.blocks = blocks
+    return made
+
+
+def test_a_decoder_that_is_dropped_ends_its_helpers(tmp_path: Path) -> None:
+    decoder = tiny_decoder(tmp_path, threads=3, blocks=4)
     helpers = [one for one in threading.enumerate() if one.name.startswith("kernels-")]
     del decoder
     gc.collect()

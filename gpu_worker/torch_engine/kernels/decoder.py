@@ -1,6 +1,8 @@
 """A range of a model's layers as a program for the kernels. The same numbers as model.py's Decoder, in float32."""
 
 import dataclasses
+import math
+import mmap
 import weakref
 from typing import Any
 
@@ -14,11 +16,11 @@ from gpu_worker.torch_engine.kernels.attention import scratch_bytes, span_tokens
 from gpu_worker.torch_engine.kernels.operations import (
     HeadBuffers,
     LayerBuffers,
+    Program,
     head_operations,
     layer_operations,
-    set_rows,
 )
-from gpu_worker.torch_engine.kernels.program import OPERATION, STEP, Team, address
+from gpu_worker.torch_engine.kernels.program import STEP, Team, address
 from gpu_worker.torch_engine.kernels.rows import BLOCK_TOKENS
 from gpu_worker.torch_engine.kernels.weights import BLOCK, PANEL, PackedWeight
 from gpu_worker.torch_engine.model import ModelWeights
@@ -65,9 +67,8 @@ class CompiledDecoder:
         self._layers = weights.layers
         self.embedding, self._norm, self._head = weights.embedding, weights.norm, weights.head
         shape = (blocks + 1, config.kv_heads, BLOCK_TOKENS * config.head_dim)
-        # Zeros that the system gives out page by page as they are written: a large pool is free until used.
-        self._keys = [numpy.zeros(shape, numpy.float32) for _ in self._layers]
-        self._values = [numpy.zeros(shape, numpy.float32) for _ in self._layers]
+        self._keys = [small_pages(shape) for _ in self._layers]
+        self._values = [small_pages(shape) for _ in self._layers]
         cos, sin = rotary_tables(config, context, torch.device("cpu"), torch.float32)
         self._rotary = cos.shape[1]
         half = self._rotary // 2
@@ -77,9 +78,10 @@ class CompiledDecoder:
             threads, max(4 * PANEL * widest, scratch_bytes(config.heads, config.group, config.head_dim, context))
         )
         weakref.finalize(self, self._team.close)
-        self._buffers, self._program = LayerBuffers(config, 0), numpy.zeros(0, OPERATION)
+        self._buffers, self._program = LayerBuffers(config, 0), self._program_of([])
         self._head_buffers: HeadBuffers | None = None
-        self._head_program = numpy.zeros(0, OPERATION)
+        self._head_program = self._program_of([])
+        self._step = self._unchanging()
 
     def plan(self, batch: Batch) -> CompiledStep:
         tokens = span_tokens(self.config.group)
@@ -112,11 +114,11 @@ class CompiledDecoder:
         """(T, D) -> (T, D) through the layers of this range, float32; the result lies in a buffer, see forward."""
         if step.rows > self._buffers.rows:
             self._buffers = LayerBuffers(self.config, -(-step.rows // ROOM_ROWS) * ROOM_ROWS)
-            self._program = self._build_program()
+            self._program = self._program_of(self._layer_operations())
         held = torch.from_numpy(self._buffers.hidden)[: step.rows]
         held.copy_(hidden)
-        set_rows(self._program, step.rows, len(step.spans), self.config.kv_heads, self._team.threads)
-        self._team.run(self._program, self._step(step))
+        self._program.set_rows(step.rows, len(step.spans))
+        self._team.run(self._program.records, self._record_of(step))
         return held
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -126,35 +128,54 @@ class CompiledDecoder:
         if self._head_buffers is None or rows > self._head_buffers.rows:
             self._head_buffers = HeadBuffers(self.config, self._head, rows)
             operations = head_operations(self._norm, self._head, self._head_buffers, self._team.threads)
-            self._head_program = numpy.array(operations, OPERATION)
+            self._head_program = self._program_of(operations)
         torch.from_numpy(self._head_buffers.hidden)[:rows].copy_(hidden)
-        set_rows(self._head_program, rows, 0, 0, self._team.threads)
-        step = numpy.zeros(1, STEP)
-        step["rows"] = rows
-        self._team.run(self._head_program, step)
+        self._head_program.set_rows(rows, 0)
+        self._step["rows"] = rows
+        self._team.run(self._head_program.records, self._step)
         return torch.from_numpy(self._head_buffers.logits)[:rows, : self._head.outputs]
 
     def clear(self, blocks: list[int]) -> None:
         for cache in (*self._keys, *self._values):
             cache[blocks] = 0
 
-    def _build_program(self) -> Array:
-        operations = [
+    def _program_of(self, operations: list[Any]) -> Program:
+        return Program(operations, kv_heads=self.config.kv_heads, threads=self._team.threads)
+
+    def _layer_operations(self) -> list[Any]:
+        return [
             operation
             for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True)
             for operation in layer_operations(layer, self._buffers, keys, values, self._team.threads)
         ]
-        return numpy.array(operations, OPERATION)
 
-    def _step(self, step: CompiledStep) -> Array:
+    def _unchanging(self) -> Array:
+        """What is the same in each step."""
         config = self.config
         record = numpy.zeros(1, STEP)
-        record["rows"] = step.rows
         record["heads"], record["kv_heads"], record["group"] = config.heads, config.kv_heads, config.group
         record["head_dim"], record["rotary"] = config.head_dim, self._rotary
         record["cos"], record["sin"] = address(self._cos), address(self._sin)
+        record["scale"] = config.head_dim**-0.5
+        return record
+
+    def _record_of(self, step: CompiledStep) -> Array:
+        """`step` must live until the record was used."""
+        record = self._step
+        record["rows"] = step.rows
         record["positions"], record["slots"] = address(step.positions), address(step.slots)
         record["spans"], record["block_table"] = address(step.spans), address(step.block_table)
         record["table_width"] = step.block_table.shape[1]
-        record["scale"] = config.head_dim**-0.5
         return record
+
+
+def small_pages(shape: tuple[int, ...]) -> Array:
+    """Zeros, float32, that the system gives out page by page as they are written: a large pool is free until used.
+
+    NumPy asks for pages of 2 MiB. There, attention over many sequences takes nearly twice as long: the blocks that are
+    read at the same time in all layers' caches fall on the same few places of the processor's caches.
+    """
+    memory = mmap.mmap(-1, 4 * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return numpy.frombuffer(memory, numpy.float32).reshape(shape)

@@ -115,14 +115,25 @@ def product_operations(weight: PackedWeight, x: Array, out: Array, mode: int, su
     return [before, record]
 
 
-def set_rows(program: Array, rows: int, spans: int, kv_heads: int, threads: int) -> None:
-    """How much there is to do in a step of so many rows. spans: of its attention, whose heads may be several units."""
-    heads = kv_heads if threads == 1 or spans >= SPANS_WHOLE * threads else 1
-    program["heads"] = heads
-    for kinds, units in (((NORM, SUM, PLACE), rows), ((ATTEND,), spans * -(-kv_heads // heads) if heads else 0)):
-        chosen = numpy.isin(program["kind"], kinds)
-        program["units"][chosen] = units
-        program["chunk"][chosen] = claim_of(units, threads)
+class Program:
+    """Operations in their order, and how much each has to do in a step."""
+
+    def __init__(self, operations: list[Any], *, kv_heads: int, threads: int) -> None:
+        self.records = numpy.array(operations, OPERATION)
+        self._kv_heads = kv_heads
+        self._threads = threads
+        kinds = self.records["kind"] if operations else numpy.zeros(0)
+        self._by_row = numpy.flatnonzero(numpy.isin(kinds, (NORM, SUM, PLACE)))
+        self._by_span = numpy.flatnonzero(kinds == ATTEND)
+
+    def set_rows(self, rows: int, spans: int) -> None:
+        """For a step of so many rows. spans: of its attention, whose heads may be several units."""
+        whole = self._threads == 1 or spans >= SPANS_WHOLE * self._threads
+        heads = self._kv_heads if whole else 1
+        self.records["heads"][self._by_span] = heads
+        for places, units in ((self._by_row, rows), (self._by_span, spans * (self._kv_heads // heads))):
+            self.records["units"][places] = units
+            self.records["chunk"][places] = claim_of(units, self._threads)
 
 
 def claim_of(units: int, threads: int) -> int:
