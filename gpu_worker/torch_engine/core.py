@@ -17,7 +17,7 @@ from typing import Literal
 from gpu_worker.engine import End, EngineLoad, Piece
 from gpu_worker.torch_engine.plan import Plan, Work
 from gpu_worker.torch_engine.prompt import Answer
-from gpu_worker.torch_engine.rates import Rates, capacity_now
+from gpu_worker.torch_engine.rates import SETTLED_S, Rates, capacity_now
 from gpu_worker.torch_engine.runner import Flight, Result, Runner
 from gpu_worker.torch_engine.sampler import SampledToken
 from gpu_worker.torch_engine.scheduler import Scheduler
@@ -132,10 +132,13 @@ class EngineCore:
         )
 
     def _prompt_budget(self) -> int:
-        scheduler = self.scheduler
+        scheduler, settled_s = self.scheduler, self._clock() - SETTLED_S
+        answers = scheduler.answers()
+        settled = sum(0 < one.first_token_s <= settled_s for one in scheduler.running)
         return self.rates.prompt_budget(
             chunk_max=scheduler.chunk_max,
-            answers=scheduler.answers(),
+            answers=answers,
+            settled=min(settled, len(answers)),
             prompts=scheduler.prompts(),
             arriving=scheduler.arriving,
         )

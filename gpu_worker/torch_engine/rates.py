@@ -19,6 +19,7 @@ STALL = 2.0  # of its own token intervals that a running answer waits for a prom
 AIM = 0.9  # of that: what is between two steps takes time too
 CAREFUL = 2.0  # standard deviations by which a step may take longer than expected and the promise still holds
 NOISE_HEEDED = 0.1  # a machine noisier than this stalls answers itself; prompts must get on nevertheless
+SETTLED_S = 1.0  # after its first token an answer came with those that still wait for theirs, and waits for them too
 EVEN = 0.9  # of the prompt tokens per second of a longer step: a shorter one is as good
 
 
@@ -61,16 +62,17 @@ class Rates:
             self._observe_prefill(decode, prefill, seconds)
 
     def prompt_budget(
-        self, *, chunk_max: int, answers: Sequence[Piece], prompts: Iterable[Piece], arriving: int = 1
+        self, *, chunk_max: int, answers: Sequence[Piece], settled: int, prompts: Iterable[Piece], arriving: int
     ) -> int:
         """As the function says; 0 if the next step should be without prompts, to measure what it takes."""
-        if arriving and promised(answers, arriving) and self._interval.outdated:
+        if 0 < arriving <= settled and self._interval.outdated:
             return 0
         return prompt_budget(
             self.step_time,
             interval_s=self._interval.seconds(load_of(answers)) if answers and self.step_time.steps else 0.0,
             chunk_max=chunk_max,
             answers=answers,
+            settled=settled,
             prompts=prompts,
             arriving=arriving,
         )
@@ -88,41 +90,38 @@ class Rates:
         self.sequence_tokens = _follow(self.sequence_tokens, tokens)
 
 
-def promised(answers: Sequence[Piece], arriving: int) -> bool:
-    """Whether prompts may take no more than STALL of the answers' time: else more wait for them than for these."""
-    return bool(answers) and arriving <= len(answers)
-
-
 def prompt_budget(
     step_time: StepTime,
     *,
     interval_s: float,
     chunk_max: int,
     answers: Sequence[Piece],
+    settled: int,
     prompts: Iterable[Piece],
-    arriving: int = 1,
+    arriving: int,
 ) -> int:
     """Prompt tokens of the next step, at least 1.
 
-    interval_s: what a step takes with the answers alone; answers: their pieces; prompts: (computed, still to compute)
-    of each prompt in the order in which they are taken; arriving: how many wait for their first token.
+    interval_s: what a step takes with the answers alone; answers: their pieces; settled: how many of them had their
+    first token SETTLED_S ago; prompts: (computed, still to compute) of each prompt in the order in which they are
+    taken; arriving: how many wait for their first token.
 
     So few tokens that the answers wait at most STALL of their own intervals longer; while more prompts arrive than
-    answers run, in proportion longer, since all of these wait too. In any case about CHUNK_S, and no further than to
-    the end of a prompt if that is about as fast: its first token need not wait for a part of the next prompt.
+    settled answers run, in proportion longer, since all of these wait too. In any case about CHUNK_S, and no further
+    than to the end of a prompt if that is about as fast: its first token need not wait for a part of the next prompt.
     """
     wanted = list(first_tokens(prompts, chunk_max))
     most = max(1, sum(count for _, count in wanted))
     if not step_time.steps:
         return most
-    patience_s = STALL * AIM * max(1.0, arriving / len(answers)) * interval_s if answers else CHUNK_S
+    patience_s = STALL * AIM * max(1.0, arriving / settled) * interval_s if settled else CHUNK_S
     limit_s = interval_s + min(CHUNK_S, patience_s)
-    alone, heeds = load_of(answers), promised(answers, arriving)
+    alone, promised = load_of(answers), arriving <= settled
     noise = min(step_time.noise, NOISE_HEEDED)
 
     def fits(tokens: int) -> bool:
         load = load_of(answers, first_tokens(wanted, tokens))
-        careful = math.exp(CAREFUL * math.hypot(step_time.doubt(load, alone), noise)) if heeds else 1.0
+        careful = math.exp(CAREFUL * math.hypot(step_time.doubt(load, alone), noise)) if promised else 1.0
         return step_time.expected_s(load) * careful <= limit_s
 
     def token_s(tokens: int) -> float:

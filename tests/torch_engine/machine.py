@@ -73,6 +73,19 @@ def warmed_up(machine: Machine) -> Rates:
     return rates
 
 
+def budget(
+    rates: Rates, answers: list[Piece], prompts: list[Piece], *, chunk_max: int = 512, settled: int | None = None
+) -> int:
+    """As many as there are prompts wait; all answers are settled if nothing else is said."""
+    return rates.prompt_budget(
+        chunk_max=chunk_max,
+        answers=answers,
+        settled=len(answers) if settled is None else settled,
+        prompts=prompts,
+        arriving=len(prompts),
+    )
+
+
 def gaps_beside_a_prompt(machine: Machine, answers: int, prompt: int, *, slower_at: int | None = None) -> list[float]:
     """Steps while a prompt comes in beside running answers, each in units of what it would usually take without it."""
     rates = warmed_up(machine)
@@ -84,7 +97,7 @@ def gaps_beside_a_prompt(machine: Machine, answers: int, prompt: int, *, slower_
         if len(gaps) == slower_at:
             machine.speed /= 2
         running = [(130 + len(gaps), 1)] * answers
-        tokens = rates.prompt_budget(chunk_max=512, answers=running, prompts=[(done, prompt - done)])
+        tokens = budget(rates, running, [(done, prompt - done)])
         assert 0 <= tokens <= prompt - done
         taken = [(done, tokens)] if tokens else []
         gaps.append(machine.observed(rates, running, taken) / machine.usual_s(load_of(running)))

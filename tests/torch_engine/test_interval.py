@@ -5,7 +5,7 @@ import pytest
 from gpu_worker.torch_engine.interval import EVERY, OwnInterval
 from gpu_worker.torch_engine.rates import Rates
 from gpu_worker.torch_engine.step_time import Load, Piece, StepTime, load_of
-from tests.torch_engine.machine import CPU, Machine, warmed_up
+from tests.torch_engine.machine import CPU, Machine, budget, warmed_up
 
 ANSWERS: list[Piece] = [(200, 1)] * 4
 ALONE = load_of(ANSWERS)
@@ -45,7 +45,7 @@ def test_beside_a_long_prompt_answers_are_measured_now_and_then():
     rates = warmed_up(Machine(*CPU, seed=1))
     budgets = []
     for _ in range(3 * (EVERY + 1)):
-        tokens = rates.prompt_budget(chunk_max=512, answers=ANSWERS, prompts=[(0, 2000)])
+        tokens = budget(rates, ANSWERS, [(0, 2000)])
         rates.observe(decode=ANSWERS, prefill=[(0, tokens)] if tokens else [], seconds=0.03 + 0.0025 * tokens)
         budgets.append(tokens)
 
@@ -58,5 +58,5 @@ def test_nothing_is_measured_where_nothing_was_promised():
     rates = Rates()
     for _ in range(3 * EVERY):
         rates.observe(decode=ANSWERS, prefill=[(0, 20)], seconds=0.08)
-        assert rates.prompt_budget(chunk_max=512, answers=ANSWERS, prompts=[(0, 400)] * 9, arriving=9) > 0
-        assert rates.prompt_budget(chunk_max=512, answers=[], prompts=[(0, 400)]) > 0
+        assert budget(rates, ANSWERS, [(0, 400)] * 9) > 0
+        assert budget(rates, [], [(0, 400)]) > 0

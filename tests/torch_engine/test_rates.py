@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from gpu_worker.torch_engine.rates import CHUNK_S, Rates, capacity_now, first_tokens
 from gpu_worker.torch_engine.step_time import Piece, load_of
-from tests.torch_engine.machine import CPU, Machine, warmed_up
+from tests.torch_engine.machine import CPU, Machine, budget, warmed_up
 
 ANSWERS: list[Piece] = [(100, 1)] * 4
 
@@ -120,21 +120,21 @@ def test_no_history_makes_a_figure_that_is_none(steps: list[tuple[list[Piece], l
     figures = rates.prefill_rate, rates.decode_rate([]), rates.decode_rate(ANSWERS)
 
     assert all(math.isfinite(figure) and figure >= 0 for figure in figures)
-    assert 1 <= rates.prompt_budget(chunk_max=512, answers=ANSWERS, prompts=[(0, 900)]) <= 512
+    assert 1 <= budget(rates, ANSWERS, [(0, 900)]) <= 512
 
 
 def test_without_answers_a_chunk_is_as_long_as_half_a_second():
     known = warmed_up(Machine(*CPU))
 
-    tokens = known.prompt_budget(chunk_max=512, answers=[], prompts=[(0, 2000)])
+    tokens = budget(known, [], [(0, 2000)])
 
     assert known.step_time.expected_s(load_of([], [(0, tokens)])) == pytest.approx(CHUNK_S, rel=0.02)
-    assert known.prompt_budget(chunk_max=64, answers=[], prompts=[(0, 2000)]) == 64
+    assert budget(known, [], [(0, 2000)], chunk_max=64) == 64
 
 
 def test_an_unmeasured_engine_takes_whole_chunks():
     """Its first prompt has nobody to stall."""
-    assert Rates().prompt_budget(chunk_max=512, answers=[], prompts=[(0, 2000)]) == 512
+    assert budget(Rates(), [], [(0, 2000)]) == 512
 
 
 def test_a_burst_of_prompts_goes_before_the_few_that_already_answer():
@@ -143,12 +143,21 @@ def test_a_burst_of_prompts_goes_before_the_few_that_already_answer():
     burst: list[Piece] = [(0, 400)] * 31
 
     def extra_s(arriving: int) -> float:
-        tokens = known.prompt_budget(chunk_max=512, answers=ANSWERS[:1], prompts=burst[:arriving], arriving=arriving)
+        tokens = budget(known, ANSWERS[:1], burst[:arriving])
         alone_s = known.step_time.expected_s(load_of(ANSWERS[:1]))
         return known.step_time.expected_s(load_of(ANSWERS[:1], first_tokens(burst, tokens))) - alone_s
 
     assert extra_s(1) < extra_s(3) < extra_s(31)
     assert CHUNK_S * 0.97 < extra_s(31) <= CHUNK_S
+
+
+def test_an_answer_that_has_just_begun_waits_for_those_it_came_with():
+    known = warmed_up(Machine(*CPU, noise=0.0))
+    burst: list[Piece] = [(0, 100)] * 2
+
+    assert budget(known, ANSWERS[:2], burst, settled=0) >= 100
+    assert budget(known, ANSWERS[:2], burst, settled=1) < 60
+    assert budget(known, ANSWERS[:2], burst, settled=2) < 30
 
 
 def test_a_step_ends_with_a_prompt_where_that_is_about_as_fast():
@@ -159,7 +168,7 @@ def test_a_step_ends_with_a_prompt_where_that_is_about_as_fast():
         machine.observed(known, [], [(0, count)])
 
     def tokens(*counts: int) -> int:
-        return known.prompt_budget(chunk_max=512, answers=[], prompts=[(0, count) for count in counts])
+        return budget(known, [], [(0, count) for count in counts])
 
     assert tokens(128, 128, 128) == 128
     assert tokens(8, 150, 150) == 158  # a step of 8 would be mostly its start
@@ -174,7 +183,7 @@ def test_a_long_context_makes_chunks_shorter():
         machine.observed(known, ANSWERS, [(start, 20)])
     machine.observed(known, ANSWERS, [])
 
-    chunks = [known.prompt_budget(chunk_max=512, answers=ANSWERS, prompts=[(at, 500)]) for at in (0, 500, 2000, 8000)]
+    chunks = [budget(known, ANSWERS, [(at, 500)]) for at in (0, 500, 2000, 8000)]
 
     assert chunks == sorted(chunks, reverse=True)
     assert chunks[0] > 3 * chunks[-1]
@@ -184,7 +193,7 @@ def test_however_slow_a_prompt_gets_on():
     machine = Machine(1e-6, 10.0, 0.0, 0.0, 0.0, noise=0.0)
     known = warmed_up(machine)
 
-    assert known.prompt_budget(chunk_max=512, answers=ANSWERS, prompts=[(0, 2000)]) == 1
+    assert budget(known, ANSWERS, [(0, 2000)]) == 1
 
 
 def test_several_prompts_share_a_chunk_in_their_order():
