@@ -20,7 +20,7 @@ AIM = 0.9  # of that: what is between two steps takes time too
 CAREFUL = 2.0  # standard deviations by which a step may take longer than expected and the promise still holds
 NOISE_HEEDED = 0.1  # a machine noisier than this stalls answers itself; prompts must get on nevertheless
 SETTLED_S = 1.0  # after its first token an answer came with those that still wait for theirs, and waits for them too
-EVEN = 0.9  # of the prompt tokens per second of a longer step: a shorter one is as good
+EVEN = 0.8  # of the prompt tokens per second of a longer step: a shorter one is as good
 
 
 class Rates:
