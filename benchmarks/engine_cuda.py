@@ -169,7 +169,7 @@ def build(config: TorchEngineConfig, *, device: torch.device, dtype: torch.dtype
     """The model of its folder; with random weights if that holds none."""
     folder, capacity = config.model_dir, config.capacity
     shape = parse_config(json.loads((folder / "config.json").read_text()))
-    backend = choose_backend(shape, config, threads=1, device=device, dtype=dtype)
+    backend = choose_backend(shape, config, cores=1, device=device, dtype=dtype)
     layers = range(shape.layers)
     weights: ModelWeights[Any] = (
         load_weights(folder, shape, layers, backend.factory, lambda fraction: None)

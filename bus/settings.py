@@ -106,7 +106,7 @@ class Settings:
     model: str = _setting("smollm2-135m-instruct", WORKER, "model to serve, and the one that requests without a model get")
     model_path: str = _setting("", WORKER, "GGUF file or Hugging Face directory; empty: the fetched default model")
     capacity: int = _setting(8, WORKER, "sequences that a worker decodes at once", least=1)
-    threads: int | None = _setting(None, WORKER, "CPU threads of a step; empty: all cores but one, two on large machines", least=1)
+    threads: int | None = _setting(None, WORKER, "CPU threads of a step; empty: all cores, all but one on machines of more than 4", least=1)
     dtype: Dtype = _setting("auto", WORKER, "weights: `float32`, `bfloat16`, or `auto`: bfloat16 on a GPU, float32 on a CPU")
     kernels: Kernels = _setting("auto", WORKER, "on a CPU: `compiled` ones, `torch`'s operations, or `auto`: compiled where the machine and the model allow")
     kv_tokens: int | None = _setting(None, WORKER, "tokens that the KV cache holds; empty: by model, capacity and memory", least=64)

@@ -51,10 +51,9 @@ def assemble(config: TorchEngineConfig) -> Assembled:
     """Load the model into a working core. Takes seconds; runs in a thread. Raises EngineStartError."""
     began_s = time.monotonic()
     device = choose_device(config.device)
-    threads = config.threads or default_threads(usable_cores())
     shape = parse_config(read_json(config.model_dir / "config.json"))
     dtype = choose_dtype(config.dtype, device)
-    backend = choose_backend(shape, config, threads=threads, device=device, dtype=dtype)
+    backend = choose_backend(shape, config, cores=usable_cores(), device=device, dtype=dtype)
     torch.set_num_threads(backend.torch_threads)
     progress = log_progress(config.model_name)
     weights = load_weights(config.model_dir, shape, range(shape.layers), backend.factory, progress)
@@ -73,7 +72,14 @@ def assemble(config: TorchEngineConfig) -> Assembled:
         speculate=config.speculate,
     )
     assembled = Assembled(
-        core, model, text, context, shape.layers, resume_digest(config.model_dir), threads, backend.torch_threads
+        core,
+        model,
+        text,
+        context,
+        shape.layers,
+        resume_digest(config.model_dir),
+        backend.threads,
+        backend.torch_threads,
     )
     if config.warm_up:
         warm_up(assembled)
@@ -84,7 +90,7 @@ def assemble(config: TorchEngineConfig) -> Assembled:
             "seconds": round(time.monotonic() - began_s, 2),
             "device": str(device),
             "dtype": str(dtype).removeprefix("torch."),
-            "threads": threads,
+            "threads": backend.threads,
             "linear": weights.layers[0].qkv.kind,
             "weight_mib": round(weights.bytes_read / 2**20),
             "attention": model.kind,
@@ -119,15 +125,6 @@ def usable_cores(process: Path = cgroups.PROCESS) -> int:
     """That this process may run on, or have the time of, which in a container can be few of many."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, cgroups.allowed_cores(process) or cores)
-
-
-def default_threads(cores: int) -> int:
-    """One core is left to the event loop and the system, two on large machines.
-
-    A step is hundreds of short parallel sections, each as slow as its slowest thread: one thread that has to share its
-    core with a busy neighbour makes the whole step several times slower (measured), so room pays more than it costs.
-    """
-    return max(1, cores - 1) if cores <= 8 else cores - 2
 
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:

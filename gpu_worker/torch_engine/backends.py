@@ -31,15 +31,17 @@ log = logging.getLogger(__name__)
 class Backend(Generic[Matrix]):
     block_tokens: int
     depth: int  # steps in flight while the next is launched
-    torch_threads: int  # of torch's own operations, in the thread that runs the steps
+    threads: int  # that compute a step
+    torch_threads: int  # of those, what torch's own operations use
     factory: MatrixFactory[Matrix]
     build: Callable[[ModelWeights[Matrix], int, int], Model]  # from weights, blocks, context
 
 
 def choose_backend(
-    shape: ModelConfig, config: TorchEngineConfig, *, threads: int, device: torch.device, dtype: torch.dtype
+    shape: ModelConfig, config: TorchEngineConfig, *, cores: int, device: torch.device, dtype: torch.dtype
 ) -> Backend[Any]:
-    """threads: of a CPU. Raises EngineStartError if kernels were asked for that cannot be used."""
+    """cores: that this process may use. Raises EngineStartError if kernels were asked for that cannot be used."""
+    threads = config.threads or torch_threads(cores)
     if device.type == "cuda":
         found = probe_paged(shape, device, dtype)
         if isinstance(found, Probed):
@@ -48,11 +50,25 @@ def choose_backend(
     elif config.kernels != "torch":
         reason = why_not_compiled(shape, dtype) or why_not_compiling()
         if reason is None:
-            return compiled_backend(shape, threads=threads)
+            return compiled_backend(shape, threads=config.threads or kernel_threads(cores))
         if config.kernels == "compiled":
             raise EngineStartError(f"MILLRACE_KERNELS=compiled cannot be had here: {reason}")
         log.warning("compiled kernels cannot be used, torch's slower operations are", extra={"reason": reason})
     return tile_backend(shape, threads=threads, device=device, dtype=dtype)
+
+
+def torch_threads(cores: int) -> int:
+    """One core is left to the event loop and the system, two on large machines.
+
+    A step is hundreds of short parallel sections, each as slow as its slowest thread: one thread that has to share its
+    core with a busy neighbour makes the whole step several times slower (measured), so room pays more than it costs.
+    """
+    return max(1, cores - 1) if cores <= 8 else cores - 2
+
+
+def kernel_threads(cores: int) -> int:
+    """Of the compiled kernels: a thread whose core has other work too finds less to do, and holds nobody up."""
+    return cores if cores <= 4 else cores - 1
 
 
 def why_not_compiled(shape: ModelConfig, dtype: torch.dtype) -> str | None:
@@ -78,7 +94,7 @@ def compiled_backend(shape: ModelConfig, *, threads: int) -> Backend[Any]:
         return CompiledDecoder(shape, weights, blocks=blocks, context=context, threads=threads)
 
     # What is left to torch is small: threads of its own would only wait for each other, and for the kernels'.
-    return Backend(CompiledDecoder.block_tokens, 0, 1, PackedFactory(), build)
+    return Backend(CompiledDecoder.block_tokens, 0, threads, 1, PackedFactory(), build)
 
 
 def probe_paged(shape: ModelConfig, device: torch.device, dtype: torch.dtype) -> Probed | str:
@@ -119,7 +135,7 @@ def tile_backend(shape: ModelConfig, *, threads: int, device: torch.device, dtyp
         )
         return Decoder(shape, weights, attention, dtype=dtype)
 
-    return Backend(TileAttention.block_tokens, 0, threads, factory, build)
+    return Backend(TileAttention.block_tokens, 0, threads, threads, factory, build)
 
 
 def paged_backend(
@@ -142,4 +158,4 @@ def paged_backend(
         decoder = Decoder(shape, weights, attention, dtype=dtype, ops=ops)
         return GraphDecoder(decoder, attention, capacity=capacity, context=context, capture=cuda_capture())
 
-    return Backend(PagedAttention.block_tokens, 1, threads, LinearFactory(device=device, dtype=dtype), build)
+    return Backend(PagedAttention.block_tokens, 1, threads, threads, LinearFactory(device=device, dtype=dtype), build)

@@ -10,11 +10,11 @@ from gpu_worker.torch_engine.assembly import (
     assemble_for_good,
     available_bytes,
     choose_dtype,
-    default_threads,
     free_memory,
     machine_memory,
     usable_cores,
 )
+from gpu_worker.torch_engine.backends import kernel_threads, torch_threads
 from gpu_worker.torch_engine.config import TorchEngineConfig
 from tests.torch_engine.test_cgroups import v2, write
 from tests.torch_engine.tiny import tiny_model
@@ -34,8 +34,9 @@ def test_the_dtype_follows_the_device_and_what_was_asked_for(wanted: str, device
     assert choose_dtype(wanted, torch.device(device)) == chosen
 
 
-def test_a_core_is_left_to_the_event_loop() -> None:
-    assert [default_threads(cores) for cores in (1, 2, 4, 8, 16)] == [1, 1, 3, 7, 14]
+def test_a_core_is_left_to_the_event_loop_where_a_step_waits_for_its_slowest_thread() -> None:
+    assert [torch_threads(cores) for cores in (1, 2, 4, 8, 16)] == [1, 1, 3, 7, 14]
+    assert [kernel_threads(cores) for cores in (1, 2, 4, 8, 16)] == [1, 2, 4, 7, 15]
 
 
 def test_a_containers_quota_bounds_the_cores(tmp_path: Path) -> None:
