@@ -91,7 +91,13 @@ def why_not_compiling() -> str | None:
 
 def compiled_backend(shape: ModelConfig, *, threads: int) -> Backend[Any]:
     def build(weights: ModelWeights[PackedWeight], blocks: int, context: int) -> Model:
-        return CompiledDecoder(shape, weights, blocks=blocks, context=context, threads=threads)
+        try:
+            return CompiledDecoder(shape, weights, blocks=blocks, context=context, threads=threads)
+        except OSError as error:
+            tokens = blocks * CompiledDecoder.block_tokens
+            raise EngineStartError(
+                f"no memory for the keys and values of {tokens} tokens ({error}): set MILLRACE_KV_TOKENS lower"
+            ) from error
 
     # What is left to torch is small: threads of its own would only wait for each other, and for the kernels'.
     return Backend(CompiledDecoder.block_tokens, 0, threads, 1, PackedFactory(), build)

@@ -2,7 +2,7 @@
 
 Pure. While a prompt comes in, each step is a sum of theirs and the prompt's part, and which is which can only be
 guessed: a guess that is too long makes the next chunk longer, and looks right afterwards. So now and then a step leaves
-the prompt out, and what it took is what counts, unless the machine has become faster since.
+the prompt out, and what it took is what counts; at once when the machine's speed has changed.
 """
 
 import statistics
@@ -19,6 +19,7 @@ class OwnInterval:
         self._step_time = step_time
         self._alone: deque[tuple[Load, float]] = deque(maxlen=KEPT)
         self._mixed = 0  # steps since
+        self._changes = 0  # of speed, until then
 
     @property
     def outdated(self) -> bool:
@@ -26,15 +27,19 @@ class OwnInterval:
         return self._mixed >= EVERY
 
     def observe(self, load: Load, seconds: float) -> None:
-        """A step with answers."""
-        if load.chunks:
-            self._mixed += 1
-        else:
+        """A step with answers, which `step_time` has seen."""
+        changed, self._changes = self._step_time.changes > self._changes, self._step_time.changes
+        if not load.chunks:
             self._mixed = 0
             self._alone.append((load, seconds))
+        elif changed:
+            self._mixed = EVERY
+            self._alone.clear()
+        else:
+            self._mixed += 1
 
     def seconds(self, answers: Load) -> float:
         """For these answers, which need not be those that were measured."""
         expected_s = self._step_time.expected_s
         measured = [seconds / expected_s(load) for load, seconds in self._alone]
-        return expected_s(answers) * min(1.0, statistics.median(measured) if measured else 1.0)
+        return expected_s(answers) * (statistics.median(measured) if measured else 1.0)

@@ -74,6 +74,7 @@ class StepTime:
     def __init__(self) -> None:
         self.noise = NOISE_FIRST  # of one step, standard deviation of the log
         self.steps = 0
+        self.changes = 0  # of the machine's speed
         priors = (START, *[ROW for _ in BENDS], CHUNK, READ, SCORE)
         self._costs = numpy.log([cost for cost, _ in priors])
         self._covariance = _prior_covariance([doubt for _, doubt in priors])
@@ -105,6 +106,7 @@ class StepTime:
         unknown = float(shares @ toward)
         if self._is_new_speed(missed, math.sqrt(unknown + self.noise**2)):
             self._surprises = 0
+            self.changes += 1
             self._covariance += missed**2
             toward = self._covariance @ shares
             unknown = float(shares @ toward)

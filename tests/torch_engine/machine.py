@@ -86,7 +86,9 @@ def budget(
     )
 
 
-def gaps_beside_a_prompt(machine: Machine, answers: int, prompt: int, *, slower_at: int | None = None) -> list[float]:
+def gaps_beside_a_prompt(
+    machine: Machine, answers: int, prompt: int, *, slower_at: int | None = None, slower: float = 2.0
+) -> list[float]:
     """Steps while a prompt comes in beside running answers, each in units of what it would usually take without it."""
     rates = warmed_up(machine)
     for _ in range(30):
@@ -95,7 +97,7 @@ def gaps_beside_a_prompt(machine: Machine, answers: int, prompt: int, *, slower_
     gaps: list[float] = []
     while done < prompt:
         if len(gaps) == slower_at:
-            machine.speed /= 2
+            machine.speed /= slower
         running = [(130 + len(gaps), 1)] * answers
         tokens = budget(rates, running, [(done, prompt - done)])
         assert 0 <= tokens <= prompt - done

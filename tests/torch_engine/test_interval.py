@@ -20,7 +20,7 @@ def learned(seconds: dict[Load, float]) -> StepTime:
     return known
 
 
-def test_what_was_measured_counts_where_more_was_expected():
+def test_what_was_measured_counts_and_not_what_was_expected():
     known = learned({ALONE: 0.03, MIXED: 0.08})
     interval = OwnInterval(known)
     assert interval.seconds(ALONE) == pytest.approx(0.03, rel=0.05)
@@ -32,18 +32,27 @@ def test_what_was_measured_counts_where_more_was_expected():
     assert interval.seconds(load_of(ANSWERS[:2])) < 0.02
 
 
-def test_a_machine_that_became_faster_since_is_believed():
-    known = learned({ALONE: 0.03, MIXED: 0.08})
-    interval = OwnInterval(known)
-    for _ in range(3):
-        interval.observe(ALONE, 0.06)
+@pytest.mark.parametrize("speed", [0.25, 4.0])
+def test_a_machine_of_another_speed_is_measured_again_at_once(speed: float):
+    rates = warmed_up(Machine(*CPU, seed=1))
+    for _ in range(20):
+        rates.observe(decode=ANSWERS, prefill=[(0, 20)], seconds=0.08)
+        rates.observe(decode=ANSWERS, prefill=[], seconds=0.03)
+    changed = rates.step_time.changes
 
-    assert interval.seconds(ALONE) == pytest.approx(0.03, rel=0.05)
+    budgets: list[int] = []
+    while not budgets or budgets[-1]:
+        budgets.append(budget(rates, ANSWERS, [(0, 2000)]))
+        took_s = (0.03 + 0.0025 * budgets[-1]) / speed
+        rates.observe(decode=ANSWERS, prefill=[(0, budgets[-1])] if budgets[-1] else [], seconds=took_s)
+
+    assert rates.step_time.changes > changed
+    assert len(budgets) < EVERY / 2
 
 
 def test_beside_a_long_prompt_answers_are_measured_now_and_then():
     rates = warmed_up(Machine(*CPU, seed=1))
-    budgets = []
+    budgets: list[int] = []
     for _ in range(3 * (EVERY + 1)):
         tokens = budget(rates, ANSWERS, [(0, 2000)])
         rates.observe(decode=ANSWERS, prefill=[(0, tokens)] if tokens else [], seconds=0.03 + 0.0025 * tokens)

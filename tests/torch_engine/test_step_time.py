@@ -148,6 +148,16 @@ def test_a_machine_that_slows_down_in_between_stalls_nobody_for_longer_than_it_m
     assert gaps[-1] < 3.5
 
 
+@pytest.mark.parametrize("slower", [1.5, 2.0, 4.0, 8.0])
+@pytest.mark.parametrize("costs", [CPU, COMPILED])
+def test_a_prompt_gets_on_as_well_after_the_machine_has_slowed_down(costs: tuple[float, ...], slower: float):
+    """In steps, of which each is slower by as much; chunks of one token would teach nothing and go on for ever."""
+    before = gaps_beside_a_prompt(Machine(*costs, seed=5), 4, 2000)
+    after = gaps_beside_a_prompt(Machine(*costs, seed=5), 4, 2000, slower_at=10, slower=slower)
+
+    assert len(after) < 1.3 * len(before)
+
+
 def test_a_noisy_machine_gets_on_with_its_prompts():
     """Steps that vary by 30 % and lag now and then: no promise can hold, but the prompt must not wait for quiet."""
     machine = Machine(*CPU, noise=0.3, outliers=0.03, seed=6)

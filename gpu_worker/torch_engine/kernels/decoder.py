@@ -1,5 +1,6 @@
 """A range of a model's layers as a program for the kernels. The same numbers as model.py's Decoder, in float32."""
 
+import contextlib
 import dataclasses
 import math
 import mmap
@@ -174,8 +175,9 @@ def small_pages(shape: tuple[int, ...]) -> Array:
 
     NumPy asks for pages of 2 MiB. There, attention over many sequences takes nearly twice as long: the blocks that are
     read at the same time in all layers' caches fall on the same few places of the processor's caches.
+    Raises OSError if there is not that much to give out.
     """
     memory = mmap.mmap(-1, 4 * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux
+    with contextlib.suppress(AttributeError, OSError):  # not Linux, or a kernel that knows no other pages
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return numpy.frombuffer(memory, numpy.float32).reshape(shape)
