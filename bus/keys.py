@@ -92,6 +92,10 @@ class CellKeys:
         """The same for nodes that hold only some of its layers."""
         return f"{self.prefix}model:{model}:parts"
 
+    def left(self, model: str) -> str:
+        """zset node -> ms of its bye: nodes that served the model and may come back."""
+        return f"{self.prefix}left:{model}"
+
     def node(self, node: NodeId) -> str:
         return self._node + node
 

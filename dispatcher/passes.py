@@ -27,6 +27,7 @@ from dispatcher.sharing import Share
 from dispatcher.views import to_nodes, to_pick
 
 SETTLED = {"gone", "not_queued"}  # the entry is no longer in the queue
+UNSERVED_S = 1.0  # jobs that wait for a node that left may be many, and nothing changes for them at each look
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,9 @@ class Passes:
         self._left: set[QueueName] = set()  # had jobs left after the last look
         self._stuck: set[QueueName] = set()  # of these, those without room: more jobs change nothing
         self._room = False  # room appeared during the pass: its look may not have seen that
+        self._hoping: dict[
+            QueueName, float
+        ] = {}  # jobs wait there for a node that is not seen; not asked again until then
         self._event = asyncio.Event()
         self._event.set()
         self._due: asyncio.TimerHandle | None = None
@@ -195,12 +199,18 @@ class Passes:
         return taken
 
     async def _end_unserved(self, jobs: Sequence[tuple[QueueName, QueuedJob]], taken: "_Taken") -> None:
-        """No node can do what these ask for. The script looks again: a node may have come meanwhile."""
+        """No node can do what these ask for. The script looks again: a node may have come meanwhile, or have left to
+        come back."""
+        now_s = self._clock_ms() / 1000
+        self._hoping = {queue: until_s for queue, until_s in self._hoping.items() if until_s > now_s}
+        jobs = [(queue, job) for queue, job in jobs if queue not in self._hoping]
         ends = await asyncio.gather(*(self._cell.end_unserved(job.job_id, job.fence) for _, job in jobs))
         for (queue, job), end in zip(jobs, ends, strict=True):
             if isinstance(end, Ended) and not end.earlier:
                 taken.settled[queue] = taken.settled.get(queue, 0) + 1
                 log.info("no node can do what the job asks for", extra={"job": job.job_id, "needs": job.needs})
+            elif not isinstance(end, Ended) and end.state == "queued":
+                self._hoping[queue] = now_s + UNSERVED_S
 
     def _note(
         self,

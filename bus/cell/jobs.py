@@ -164,7 +164,7 @@ class JobCalls(CellBase):
 
     async def end_unserved(self, job_id: JobId, fence: Fence) -> Ended | NotYours:
         """End a queued job of whose model's nodes none can do what it asks for; NotYours if one may."""
-        answer = await self._change("unserved", job_id, (), fence)
+        answer = await self._change("unserved", job_id, (self.settings.node_ttl_ms,), fence)
         if answer[0] == b"ended":
             return Ended(job_id, answer[1].decode(), earlier=len(answer) > 2)
         return NotYours(job_id, "unknown" if answer[0] == b"unknown" else answer[1].decode())

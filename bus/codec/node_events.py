@@ -38,8 +38,8 @@ def model_keys(keys: CellKeys, event: NodeEvent, known_models: Sequence[str]) ->
         case HttpBeat():
             return [keys.model(model) for model in known_models]
         case NodeBye():
-            models = [key for model in known_models for key in (keys.model(model), keys.model_parts(model))]
-            return [keys.node_running(event.node), *models]
+            each = (keys.model, keys.model_parts, keys.left)
+            return [keys.node_running(event.node), *(key(model) for model in known_models for key in each)]
         case NodeDrain():
             return []
 

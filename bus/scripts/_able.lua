@@ -58,6 +58,23 @@ local function count_able(prefix, model, needs, since, enough, avoid)
   return count
 end
 
+-- The same of all that are known, away or not, and of those that have left and may come back.
+local function count_known(prefix, model, needs, enough, avoid)
+  local count = count_able(prefix, model, needs, '-inf', enough, avoid)
+  local ids = count < enough and call('ZRANGE', prefix .. 'left:' .. model, 0, 255, 'REV') or {}
+  for _, id in ipairs(ids) do
+    local h = call('HMGET', prefix .. 'node:' .. id, 'models', 'can', 'cannot')
+    if has_word(h[1], model) and not has_word(avoid, id) and is_able(h[2], h[3], needs)
+      and not call('ZSCORE', prefix .. 'model:' .. model, id) then
+      count = count + 1
+      if count >= enough then
+        break
+      end
+    end
+  end
+  return count
+end
+
 local function is_live(prefix, key, owner)
   if not filled(owner) or call('EXISTS', key .. ':alive') == 0 then
     return false

@@ -73,7 +73,7 @@ end
 
 -- The same where living nodes serve the model, and none of them can do what the job asks for.
 local function no_able(needs, node_ttl)
-  local known = count_able(prefix, model, needs, '-inf', 1000)
+  local known = count_known(prefix, model, needs, 1000)
   if known > 0 then
     return {'no_node', node_ttl, ' with ' .. concat(needs, ', '), known}
   end

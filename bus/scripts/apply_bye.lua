@@ -1,6 +1,8 @@
 -- use: _apply
--- It has left on purpose: no longer counted, and a tombstone keeps late beats of its epoch from reviving it.
--- It stays listed until the sweep has handed back what it held, at once, and removed its keys. KEYS 6 running, 7.. the zsets of its models. ARGV 6 epoch, 7 key id.
+-- It has left on purpose: no longer counted, and a tombstone keeps late beats of its epoch from reviving it. It may be
+-- coming back (a restart lets it leave), so what it can do is remembered as long as of one that fell silent.
+-- It stays listed until the sweep has handed back what it held, at once, and removed its keys. KEYS 6 running, 7.. of each of its
+-- models the zsets of whole nodes, of parts and of those that left. ARGV 6 epoch, 7 key id.
 local h = call('HMGET', node_key, 'epoch', 'state', 'key_id')
 local epoch = tonumber(ARGV[6])
 if not h[2] or h[2] == 'bye' then
@@ -16,8 +18,14 @@ elseif (h[3] or '') ~= ARGV[7] then
   return 'not_owner'
 end
 call('DEL', alive_key)
-for i = 7, #KEYS do
-  call('ZREM', KEYS[i], node)
+for i = 7, #KEYS, 3 do
+  local whole, parts, left = unpack(KEYS, i, i + 2)
+  if call('ZREM', whole, node) == 1 then
+    call('ZADD', left, now, node)
+    call('ZREMRANGEBYSCORE', left, '-inf', now - node_keep)
+    call('PEXPIRE', left, node_keep)
+  end
+  call('ZREM', parts, node)
 end
 call('HSET', node_key, 'state', 'bye', 'epoch', epoch, 'owner', '', 'beat_id', beat_id)
 call('PEXPIRE', node_key, node_keep)

@@ -5,6 +5,7 @@ import asyncio
 from msgspec.structs import replace
 
 from bus.cell import Cell
+from bus.codec.events import NodeBye
 from bus.codec.wire import NO_FENCE, CellView, NodeView, QueuedJob, QueueView
 from bus.ids import JobId, ModelName, NodeId
 from bus.jobs import ChatJob
@@ -123,6 +124,31 @@ async def test_jobs_that_wait_behind_a_refusal_end_with_it(cell: Cell, dispatchi
         (plain,) = await node.take()
 
     assert plain.job_id == "c0-plain"
+
+
+async def test_jobs_outlive_a_graceful_restart_of_the_only_node_that_can(cell: Cell, dispatching: Dispatching) -> None:
+    node = await HandNode.join(cell, "can", capacity=1, can=LOGPROBS)
+    await HandNode.join(cell, "no", capacity=2, can=())
+    async with dispatching():
+        await submit(cell, "runs", "waits", job=ASKING)
+        await wait_until(node.running)
+        (one,) = await node.take()
+        await cell.link.send("HSET", cell.keys.node(node.node), "state", "draining")
+        await cell.requeue(one.job_id, one.fence, "drain")
+        bye = NodeBye(node.node, int(one.owner.rpartition(".")[2]))
+        await cell.apply_events([(await cell.publish_node_event(bye), bye)])
+        for index in range(10):
+            await submit(cell, f"p{index}")
+            await asyncio.sleep(0.05)
+        records = [await cell.job(JobId(f"c0-{name}")) for name in ("runs", "waits")]
+        again = await HandNode.join(cell, "can", capacity=2, can=LOGPROBS)
+
+        async def both_run() -> bool:
+            return await again.running() == 2
+
+        await wait_until(both_run)
+
+    assert [record.state for record in records if record is not None] == ["queued", "queued"]
 
 
 async def test_a_node_that_learns_it_wakes_the_jobs_that_wait_for_it(cell: Cell, dispatching: Dispatching) -> None:

@@ -1,8 +1,11 @@
 """What not every node can do: a job that asks for it goes only to nodes that can, and is refused where none can."""
 
+import asyncio
+
+from bus.cell import Cell
 from bus.cell.jobs import REASONS
 from bus.codec.entries import Assignment, parse_wake
-from bus.codec.events import NodeRegistered
+from bus.codec.events import NodeBye, NodeRegistered
 from bus.codec.spec import FLAG_OF
 from bus.codec.wire import Assigned, Ended, NotAssigned, NotYours, Requeued
 from bus.ids import NodeId
@@ -11,7 +14,7 @@ from bus.keys import QueueName
 from bus.link import to_entry
 from bus.scripts import load_script
 from tests.protocol.test_logprobs import asking
-from tests.protocol.world import MODEL, World
+from tests.protocol.world import MODEL, SETTINGS, World
 
 LOGPROBS = ("logprobs",)
 
@@ -231,6 +234,58 @@ async def test_a_waiting_job_waits_on_for_a_node_that_is_away_or_for_any(world: 
     other = await world.cell.end_unserved(plain, fence)
 
     assert [away, nobody, other] == [NotYours(job_id, "queued"), NotYours(job_id, "queued"), NotYours(plain, "queued")]
+
+
+async def leave(world: World, node: str) -> None:
+    holder = world.holders[NodeId(node)]
+    assert await world.publish(NodeBye(NodeId(node), int(holder.rpartition(".")[2]))) == "applied"
+
+
+async def test_a_job_waits_for_the_only_node_that_can_while_that_restarts(world: World):
+    """A graceful restart says bye: the node is not known as away, and comes back in a moment."""
+    await world.node("n1", can=())
+    await world.node("n2", can=LOGPROBS)
+    job_id = await world.submit(job=asking())
+    fence = (await world.cell.job(job_id)).fence  # type: ignore[union-attr]
+    await leave(world, "n2")
+    await world.sweep()
+
+    left = await world.cell.end_unserved(job_id, fence)
+    refused = await world.refused(job=asking())
+    await world.node("n2", can=LOGPROBS)
+    (assigned,) = await world.dispatch("n1", "n2")
+
+    assert left == NotYours(job_id, "queued")
+    assert refused.code == "no_node" and refused.retry_after_ms > 0
+    assert refused.reason == "1 node(s) served the model m with logprobs, but none is alive"
+    assert isinstance(assigned, Assigned) and assigned.node == "n2"
+
+
+async def test_a_node_that_left_is_not_waited_for_when_it_comes_back_unable_or_with_another_model(world: World):
+    await world.node("n1", can=())
+    for name, more in (("n2", {"can": ()}), ("n3", {"can": LOGPROBS, "models": ("other",)})):
+        await world.node(name, can=LOGPROBS)
+        job_id = await world.submit(job=asking())
+        await leave(world, name)
+        await world.node(name, **more)
+
+        ended = await world.cell.end_unserved(job_id, (await world.cell.job(job_id)).fence)  # type: ignore[union-attr]
+
+        assert ended == Ended(job_id, "failed")
+
+
+async def test_a_job_driven_again_after_a_loss_of_everything_waits_until_every_node_has_beaten(world: World):
+    await world.link.send("FLUSHALL")
+    await world.node("n1", can=())
+    job_id = await world.submit(job=asking(), redrive=True, deadline_at_ms=9_999_999_999_999)
+    fence = (await world.cell.job(job_id)).fence  # type: ignore[union-attr]
+
+    early = await world.cell.end_unserved(job_id, fence)
+    hasty = Cell(world.link, world.cell.cell, SETTINGS.changed(node_ttl_ms=100, beat_ms=30))
+    await asyncio.sleep(0.15)
+    late = await hasty.end_unserved(job_id, fence)
+
+    assert (early, late) == (NotYours(job_id, "queued"), Ended(job_id, "failed"))
 
 
 # a node that refuses at run time
