@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import aiohttp
 import msgspec
@@ -35,13 +35,14 @@ class RelayNode(msgspec.Struct, frozen=True):
 class _Active:
     """One sequence between submit and its end; the `Listener` of its call."""
 
-    def __init__(self, request: GenerateRequest, outbox: Outbox) -> None:
+    def __init__(self, request: GenerateRequest, outbox: Outbox, scored: Callable[[], None]) -> None:
         self.request = request
         self.offset = len(request.forced_text)  # of the next byte that the service gets
         self.task: asyncio.Task[End] | None = None
         self.cancelled = False
         self.calling = False
         self._outbox = outbox
+        self._scored = scored
 
     @property
     def published(self) -> int:
@@ -51,6 +52,9 @@ class _Active:
         if text or logprobs:
             self._outbox.add(self.request.sequence, self.offset, text, logprobs=logprobs)
             self.offset += len(text)
+
+    def scored(self) -> None:
+        self._scored()
 
     async def room(self) -> None:
         await self._outbox.room(self.request.sequence)
@@ -88,7 +92,7 @@ class RelayEngine:
     def submit(self, request: GenerateRequest) -> None:
         assert self._group is not None, "start() first"
         assert request.sequence not in self._active, request.sequence
-        active = _Active(request, self._outbox)
+        active = _Active(request, self._outbox, self._gives_logprobs)
         self._active[request.sequence] = active
         active.task = self._group.create_task(self._serve(active), name=f"relay call {request.sequence}")
         # Not at the end of _serve: a task that is cancelled before its first step never enters its body.
@@ -141,7 +145,6 @@ class RelayEngine:
                 active.calling = True
                 end = await self._speaker.answer(active.request, active)
                 self._refusals.answer()
-                self._scores = self._scores or active.request.job.logprobs is not None
                 return end
         except CallFailed as caught:
             if active.request.job.logprobs is not None and (refusal := no_logprobs(caught)) is not None:
@@ -161,6 +164,9 @@ class RelayEngine:
         if not self._refusals.refuse(JobId(active.request.sequence.partition("/")[0])):
             return failure
         return CallFailed("node_error", f"the node refused the request: {failure.message}", status=failure.status)
+
+    def _gives_logprobs(self) -> None:
+        self._scores = True
 
     def _unable(self, active: _Active, refusal: NoLogprobs) -> End:
         """One that refuses in words may mind this request only, and one that gave some before is right for others."""

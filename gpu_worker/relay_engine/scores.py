@@ -44,7 +44,7 @@ def _entry(one: object) -> Scored:
 
 
 def _candidate(one: object) -> Candidate:
-    if not isinstance(one, dict) or not isinstance(text := one.get("token"), str):
+    if not isinstance(one, dict) or not isinstance(text := one.get("token"), str) or "logprob" not in one:
         raise NoLogprobs
     raw = one.get("bytes")
     if raw is None:  # of a special token, or of every token of a server that fills in none
@@ -86,6 +86,9 @@ def _bounded(token: bytes) -> bytes:
 
 
 def _number(value: object) -> float:
+    """JSON has no minus infinity: of a token that a grammar or a bias rules out, servers say null."""
+    if value is None:
+        return LEAST_LOGPROB
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
         raise NoLogprobs
     return max(min(float(value), 0.0), LEAST_LOGPROB)

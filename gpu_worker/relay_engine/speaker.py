@@ -24,7 +24,7 @@ from gpu_worker.relay_engine.answer import Answer
 from gpu_worker.relay_engine.call import NodeCalls
 from gpu_worker.relay_engine.faults import CallFailed, NodeBroke, NoLogprobs
 from gpu_worker.relay_engine.meter import Meter
-from gpu_worker.relay_engine.scores import Placing, read_scores
+from gpu_worker.relay_engine.scores import Placing, Scored, read_scores
 from gpu_worker.relay_engine.tally import Tally, tokens_of
 from gpu_worker.relay_engine.wire import (
     Chunk,
@@ -51,6 +51,10 @@ class Listener(Protocol):
         ...
 
     def publish(self, text: bytes, logprobs: bytes = b"") -> None: ...
+
+    def scored(self) -> None:
+        """The node has given log probabilities that make sense, whatever becomes of them and of the answer."""
+        ...
 
     async def room(self) -> None:
         """Wait until more text is wanted."""
@@ -143,7 +147,7 @@ class NodeSpeaker:
         job = request.job
         kept, kept_records = bytearray(), bytearray()
         keeps = not job.stream and job.prompt is None and api.continuation == "none"
-        placing = None if job.logprobs is None else Placing(len(request.forced_text), again=again)
+        placing = Placing(len(request.forced_text), again=again)
         answer = Answer(request.forced_text, job.stop, job.max_tokens, again=again)
         tally = Tally(estimate_prompt_tokens(job))
         started = time.monotonic()
@@ -151,7 +155,9 @@ class NodeSpeaker:
         async with aclosing(chunks):
             async for chunk in chunks:
                 tally.count(chunk)
-                records = _records_of(chunk, placing, job, first=tally.texts == 1)
+                if scores := _scores_of(chunk, job, first=tally.texts == 1):
+                    listener.scored()
+                records = placing.records(scores, job.logprobs or 0)
                 if chunk.text:
                     self._measure(tally, time.monotonic(), started)
                 if chunk.text or records:
@@ -228,12 +234,12 @@ class NodeSpeaker:
             return None
 
 
-def _records_of(chunk: Chunk, placing: Placing | None, job: ChatJob, *, first: bool) -> bytes:
+def _scores_of(chunk: Chunk, job: ChatJob, *, first: bool) -> tuple[Scored, ...]:
     """Its log probabilities, if the job asks for them. Raises NoLogprobs if they make no sense, or if the first text
     comes without any."""
-    if placing is None:
-        return b""
+    if job.logprobs is None:
+        return ()
     scores = read_scores(chunk.logprobs)
     if scores is None and chunk.text and first:
         raise NoLogprobs
-    return placing.records(scores or (), job.logprobs or 0)
+    return scores or ()

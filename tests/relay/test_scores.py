@@ -9,6 +9,7 @@ from bus.jobs import Sampling
 from gpu_worker.relay_engine import speaker
 from gpu_worker.relay_engine.faults import NoLogprobs
 from gpu_worker.relay_engine.scores import Placing, read_scores
+from tests.conftest import wait_until
 from tests.harness.fake_openai import FakeNode
 from tests.relay.test_engine import Bench, Result, bench, expected, node, session
 
@@ -39,6 +40,18 @@ def test_the_older_lists_are_read_too() -> None:
     )
 
 
+def test_null_is_minus_infinity() -> None:
+    """As servers say it in JSON of what a grammar or a bias rules out."""
+    ruled_out = {"content": [entry(top_logprobs=[entry("x", None)]), entry("y", None, bytes=None)]}
+    lists = {"tokens": ["a"], "token_logprobs": [None], "top_logprobs": [{"c": None}]}
+
+    assert read_scores(ruled_out) == (
+        (Candidate(b"mill", -0.5), Candidate(b"x", -9999.0)),
+        (Candidate(b"y", -9999.0),),
+    )
+    assert read_scores(lists) == ((Candidate(b"a", -9999.0), Candidate(b"c", -9999.0)),)
+
+
 @pytest.mark.parametrize("nothing", [None, {}, {"content": None}, "x", []])
 def test_a_node_may_tell_none(nothing: Any) -> None:
     assert read_scores(nothing) is None
@@ -50,7 +63,7 @@ def test_a_node_may_tell_none(nothing: Any) -> None:
         {"content": [5]},
         {"content": [entry() | {"token": 5}]},
         {"content": [entry(logprob="-1")]},
-        {"content": [entry(logprob=None)]},
+        {"content": [{"token": "mill"}]},
         {"content": [entry(logprob=True)]},
         {"content": [entry(logprob=float("nan"))]},
         {"content": [entry(bytes=[256])]},
@@ -130,6 +143,34 @@ async def test_a_node_that_gave_some_is_unable_for_one_job_only(bench: Bench, no
     assert (end.unable, end.lacks) == (True, None)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_node_whose_answer_goes_wrong_in_the_middle_is_unable_for_one_job_only(
+    bench: Bench, node: FakeNode, stream: bool
+) -> None:
+    """Its first answer ever, and also where nothing is shown before the end: the records before were good."""
+    node.turn(logprobs=True, delay_ms=30)
+    bench.submit("s1", logprobs=1, stream=stream)
+    await wait_until(lambda: bool(node.calls) and node.calls[0].tokens_sent >= 3)
+    node.turn(logprobs=False, scores={"content": [5]})
+
+    end = (await bench.result("s1")).end
+
+    assert (end.error_code, end.unable, end.lacks) == ("unsupported", True, None)
+
+
+async def test_an_answer_without_text_shows_nothing_of_what_a_node_can(bench: Bench, node: FakeNode) -> None:
+    node.turn(answer="")
+    bench.submit("s1", logprobs=1)
+    empty = await bench.result("s1")
+    node.turn(answer=None)
+
+    bench.submit("s2", logprobs=1)
+    end = (await bench.result("s2")).end
+
+    assert (empty.text, empty.end.reason) == (b"", "stop")
+    assert (end.unable, end.lacks) == (True, "logprobs")
+
+
 @pytest.mark.parametrize(("logprobs", "unable"), [(1, True), (None, False)])
 async def test_a_refusal_that_speaks_of_them_is_of_one_job_only(
     bench: Bench, node: FakeNode, logprobs: int | None, unable: bool
@@ -142,7 +183,7 @@ async def test_a_refusal_that_speaks_of_them_is_of_one_job_only(
     assert "greater than max allowed" in end.error_message
 
 
-MALFORMED = [{"tokens": ["hi"], "token_logprobs": None}, {"content": [entry(logprob=None)]}, {"content": [5]}]
+MALFORMED = [{"tokens": ["hi"], "token_logprobs": None}, {"content": [entry(logprob="-1")]}, {"content": [5]}]
 
 
 @pytest.mark.parametrize("scores", MALFORMED)
