@@ -6,7 +6,7 @@ spreads. A job that no node can take now is passed over and stays where it is in
 """
 
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -14,7 +14,7 @@ from bus.codec.wire import CellView, QueuedJob, QueueView
 from bus.ids import ModelName
 from bus.jobs import is_able
 from bus.keys import QueueName, queue_model, queue_priority
-from dispatcher.rank import Draw, Node, Score, is_open, promise, rank, rank_open
+from dispatcher.rank import Draw, Node, Score, able, is_open, promise, rank, rank_open
 
 ASSIGN_MAX = 64  # jobs of one assign call
 SHORTLIST = (
@@ -43,13 +43,16 @@ def plan(
     nodes: by model; a node that serves two models is one object in both lists.
     turn: grows with each pass and moves the first turn on to the next model.
     """
-    room = {model: shortlist(every, now_ms) for model, every in nodes.items()}
+    room: dict[tuple[ModelName, tuple[str, ...]], list[Node]] = {}  # looked through once a pass, not once a job
     by_id = {node.node: node for every in nodes.values() for node in every}
     choices: list[Choice] = []
     for queue, model, job in in_turn(queues, turn):
-        ordinary = not (job.alone or job.avoid or job.resume or job.needs)
+        ordinary = not (job.alone or job.avoid or job.resume)
         if ordinary:
-            ranked = rank_open(job, room.get(model, ()), draw)
+            alike = model, job.needs
+            if alike not in room:
+                room[alike] = shortlist(nodes.get(model, ()), now_ms, job.needs)
+            ranked = rank_open(job, room[alike], draw)
         else:
             ranked = rank(job, nodes.get(model, ()), now_ms, draw)
         if not ranked:
@@ -90,12 +93,16 @@ def unserved(queues: Sequence[QueueView], view: CellView) -> list[tuple[QueueNam
         nodes = view.nodes_of(queue_model(queue.queue)) if asking else []
         if any(node.alive and node.leased and node.state == "up" for node in nodes):
             found += [
-                (queue.queue, job) for job in asking if not any(is_able(n.can, n.cannot, job.needs) for n in nodes)
+                (queue.queue, job)
+                for job in asking
+                if not any(is_able(n.can, n.cannot, job.needs) and n.node not in job.refused for n in nodes)
             ]
     return found
 
 
-def shortlist(nodes: Sequence[Node], now_ms: int) -> list[Node]:
-    """The nodes worth comparing for ordinary jobs: those that are open, of a large fleet the least loaded ones."""
+def shortlist(nodes: Sequence[Node], now_ms: int, needs: Collection[str]) -> list[Node]:
+    """The nodes worth comparing for ordinary jobs with these needs: open and able, of a large fleet the least loaded."""
     usable = [node for node in nodes if is_open(node, now_ms)]
+    if needs:
+        usable = able(usable, needs)
     return heapq.nsmallest(SHORTLIST, usable, key=lambda node: node.base_ms) if len(usable) > SHORTLIST else usable

@@ -116,6 +116,8 @@ def rank(job: QueuedJob, nodes: Iterable[Node], now_ms: int, draw: Draw, at_most
 
     Nodes within a hair of the best take random turns, so that dispatchers with the same view do not herd.
     """
+    if job.refused:
+        nodes = [node for node in nodes if node.node not in job.refused]
     allowed = not_avoided(able(nodes, job.needs) if job.needs else nodes, job.avoid)
     if job.alone:
         return _rank_lone(job, allowed, now_ms)

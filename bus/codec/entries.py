@@ -271,4 +271,5 @@ def _parse_queued(entry_id: str, fields: Fields) -> QueuedJob:
         avoid=read.node_ids(fields, "avoided"),
         resume=read.digest(fields, "resume"),
         needs=read.capabilities(fields, "needs"),
+        refused=read.node_ids(fields, "refused") if "refused" in fields else (),
     )

@@ -150,6 +150,7 @@ class QueuedJob(msgspec.Struct, frozen=True):
     avoid: tuple[NodeId, ...] = ()  # passed over only while another live node of the model is not avoided
     resume: str = ""  # digest whose nodes can go on from its token ids; "" = no progress, or text only
     needs: tuple[str, ...] = ()  # what its node must be able to do
+    refused: tuple[NodeId, ...] = ()  # of those to avoid: they said that they cannot, and are never asked again
 
     @property
     def queued_ms(self) -> int:

@@ -46,6 +46,13 @@ local function has_word(words, word)
   return words and find(' ' .. words .. ' ', ' ' .. word .. ' ', 1, true) ~= nil
 end
 
+local function with_word(words, word)
+  if has_word(words, word) then
+    return words
+  end
+  return filled(words) and words .. ' ' .. word or word
+end
+
 -- What is fixed at submit, packed in one field because each field of a hash costs: model, flags (s = streams,
 -- l = asks for log probabilities, i = an idempotency record names it, b = its payload has a key of its own, - = none), policy, seed, created, deadline,
 -- estimated prompt and new tokens.

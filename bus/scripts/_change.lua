@@ -10,7 +10,7 @@ local out_ttl, result_ttl, text_max, dead_keep, node_keep = tonumber(ARGV[6]), t
 local member = job_id .. '/' .. fence
 
 local names = {'state', 'fence', 'route', 'place', 'spec', 'cancel', 'started', 'crashes', 'node_errors',
-  'relay_losses', 'avoid', 'alone', 'resume'}
+  'relay_losses', 'avoid', 'alone', 'resume', 'refused'}
 local values = call('HMGET', job_key, unpack(names))
 local job = {}
 for i, name in ipairs(names) do
@@ -117,6 +117,9 @@ local function enqueue(due)
     local resume = job.resume ~= '' and call('STRLEN', tokens_key) > 0 and job.resume or ''
     local needs = needs_of(flags)
     local asks = needs and {'needs', concat(needs, ' ')} or {}
+    if job.refused ~= '' then
+      asks[#asks + 1], asks[#asks + 2] = 'refused', job.refused
+    end
     entry = call('XADD', again_key, '*', 'job', job_id, 'fence', fence, 'out', out_of(route), 'est_prompt',
       job.est_prompt, 'est_new', job.est_new, 'deadline', job.deadline, 'alone', job.alone, 'avoided', job.avoid,
       'resume', resume, unpack(asks))

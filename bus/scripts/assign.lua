@@ -57,11 +57,11 @@ local function may_take(n)
 end
 
 -- The node for a job that must run alone. Second answer: it waits for that node to run empty.
-local function choose_alone(job_id, indexes, needs)
+local function choose_alone(job_id, indexes, refused, needs)
   local mine, first
   for _, index in ipairs(indexes) do
     local n = node_at(index)
-    if n.live and not n.shut and n.capacity > 0 and is_able(n.can, n.cannot, needs) then
+    if n.live and not n.shut and n.capacity > 0 and not has_word(refused, n.id) and is_able(n.can, n.cannot, needs) then
       if n.alone == job_id then
         mine = mine or n
       elseif not n.alone then
@@ -81,11 +81,13 @@ local function choose_alone(job_id, indexes, needs)
   return n, n.running > 0
 end
 
-local function choose(avoid, indexes, needs)
+-- refused: nodes that said they cannot; they are no choice even where there is no other.
+local function choose(avoid, indexes, refused, needs)
   local passed_over = filled(avoid) and another_lives(prefix, model, avoid, needs)
   for _, index in ipairs(indexes) do
     local n = node_at(index)
-    if may_take(n) and not n.alone and not (passed_over and has_word(avoid, n.id)) and is_able(n.can, n.cannot, needs) then
+    if may_take(n) and not n.alone and not (passed_over and has_word(avoid, n.id)) and not has_word(refused, n.id)
+      and is_able(n.can, n.cannot, needs) then
       return n
     end
   end
@@ -112,7 +114,8 @@ for i = 1, pick_count do
     p.old_text, p.old_tokens, p.text, p.tokens, p.old_logprobs, p.logprobs = unpack(KEYS, key_at + 1, key_at + 6)
     key_at = key_at + 6
   end
-  local h = call('HMGET', p.job, 'state', 'fence', 'route', 'place', 'spec', 'payload', 'alone', 'avoid', 'resume')
+  local h = call('HMGET', p.job, 'state', 'fence', 'route', 'place', 'spec', 'payload', 'alone', 'avoid', 'resume',
+    'refused')
   p.h = h
   if not h[1] then
     answers[i] = {'gone'}
@@ -132,13 +135,13 @@ for i = 1, pick_count do
     if tonumber(deadline) <= now then
       late = true
     elseif filled(h[7]) then
-      n, waits = choose_alone(job_id, indexes, needs)
+      n, waits = choose_alone(job_id, indexes, h[10], needs)
       if n then
         n.alone = job_id
         marks[#marks + 1] = {n.key, job_id}
       end
     else
-      n = choose(h[8], indexes, needs)
+      n = choose(h[8], indexes, h[10], needs)
     end
     if late then
       answers[i] = {'deadline'}

@@ -58,8 +58,8 @@ elseif tonumber(job.deadline) <= now then
   return end_job('failed', 'error', 'deadline_exceeded', 'the deadline passed before the job could be run again')
 end
 
-if avoid_node and not has_word(job.avoid, node) then
-  job.avoid = job.avoid == '' and node or job.avoid .. ' ' .. node
+if avoid_node then
+  job.avoid = with_word(job.avoid, node)
 end
 
 -- The node is not asked for this again for a while: others of its kind go elsewhere, or are refused at once.
@@ -76,12 +76,15 @@ local function note_refusal()
   call('HSET', node_key, 'cannot', concat(words, ' '))
 end
 
--- The job is not sent back to who has refused it: without another live node that can do it, it ends. A node that is left
--- out from now on needs not be avoided as well, and then one that is only avoided for an error may have the job.
-local needs, shunned = needs_of(flags), lacks ~= '' and node or job.avoid
-if why == 'unable' and not another_lives(prefix, job.model, shunned, needs) then
+-- The job is not sent back to who has refused it: without another live node that can do it, it ends. One that it only
+-- avoids, for an error that may pass, counts.
+local needs = needs_of(flags)
+if why == 'unable' then
+  job.refused = with_word(job.refused, node)
+end
+if why == 'unable' and not another_lives(prefix, job.model, job.refused, needs) then
   local asked = concat(needs or {}, ', ')
-  local away = count_able(prefix, job.model, needs, '-inf', 1, shunned) > 0
+  local away = count_known(prefix, job.model, needs, 1, job.refused) > 0
   local ended
   if away then
     ended = end_job('failed', 'error', 'no_node', asked .. ': no other node of the model ' .. job.model .. ' is alive')
@@ -133,6 +136,9 @@ if crashes >= 2 then
 end
 call('HSET', job_key, 'crashes', crashes, 'node_errors', errors, 'relay_losses', losses, 'avoid', job.avoid,
   'alone', job.alone)
+if why == 'unable' then
+  call('HSET', job_key, 'refused', job.refused)
+end
 enqueue(due)
 account_failure()
 note_refusal()

@@ -13,7 +13,7 @@ if since + tonumber(ARGV[11]) > now then
   return {'not', job.state}
 end
 if job.state ~= 'queued' or not needs or call('ZCARD', prefix .. 'model:' .. job.model) == 0
-  or count_known(prefix, job.model, needs, 1) > 0 then
+  or count_known(prefix, job.model, needs, 1, job.refused) > 0 then
   return {'not', job.state}
 end
 local ended = end_job('failed', 'error', 'unsupported', unsupported(concat(needs, ', '), job.model))

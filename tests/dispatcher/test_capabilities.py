@@ -1,6 +1,7 @@
 """Jobs that ask for what not every node can do: given to nodes that can, ended where none can."""
 
 import asyncio
+import random
 
 from msgspec.structs import replace
 
@@ -52,10 +53,42 @@ def test_only_nodes_that_can_are_named_however_busy() -> None:
     assert set(chosen(waiting("j", needs=()), *nodes)) == {"no", "refused", "unsaid"}
 
 
+def test_a_pass_looks_through_a_large_fleet_once_for_all_jobs_with_the_same_needs() -> None:
+    """Else a few waiting jobs would hold up the dispatcher's loop for as long as the fleet is large."""
+    looked: list[str] = []
+
+    class Counted(frozenset[str]):
+        def __contains__(self, need: object) -> bool:
+            looked.append(str(need))
+            return super().__contains__(need)
+
+    nodes = [Node(NodeId(f"n{at}"), 1, promised_new=at, can=Counted(LOGPROBS if at % 2 else ())) for at in range(300)]
+    jobs = tuple(waiting(f"j{at}", needs=LOGPROBS if at % 4 else ()) for at in range(64))
+
+    choices = plan([QueueView(QUEUE, 64, jobs)], {ModelName(MODEL): nodes}, 1, 0, random.Random(3).random)
+
+    assert len(choices) == 64
+    assert len(looked) <= len(nodes)
+    assert max(choice.scores[0].candidates for choice in choices) == 64
+    given = {choice.job.job_id: int(choice.scores[0].node[1:]) for choice in choices}
+    assert len(set(given.values())) == 64, "a node that one kind of job has filled is left out for the other"
+    assert all(given[job.job_id] % 2 for job in jobs if job.needs)
+
+
 def test_a_node_that_failed_the_job_is_better_than_one_that_cannot() -> None:
     job = waiting("j", avoid=(NodeId("failed"),))
 
     assert chosen(job, Node(NodeId("no"), 9, can=()), Node(NodeId("failed"), 9)) == ["failed"]
+
+
+def test_a_node_that_refused_the_job_is_not_named_though_all_are_to_be_avoided() -> None:
+    job = waiting("j", avoid=(NodeId("failed"), NodeId("said")), refused=(NodeId("said"),))
+    nodes = Node(NodeId("said"), 9), Node(NodeId("failed"), 9)
+
+    assert chosen(job, *nodes) == ["failed"]
+    assert chosen(job, nodes[0]) == []
+    assert unserved(view(job, seen("said")).queues, view(job, seen("said"))) == [(QUEUE, job)]
+    assert unserved(view(job, seen("failed")).queues, view(job, seen("failed"))) == []
 
 
 def test_a_job_waits_in_vain_only_where_a_node_lives_and_none_that_is_known_can() -> None:

@@ -365,6 +365,29 @@ async def test_a_node_avoided_for_an_error_still_gets_the_job_when_the_other_can
     assert three.owner == world.holders[NodeId("n1")]
 
 
+async def test_a_node_avoided_for_an_error_still_gets_the_job_when_the_other_refuses_this_job_only(world: World):
+    await world.node("n1", can=LOGPROBS)
+    one = await world.start("n1", job=asking())
+    await world.cell.requeue(one.job_id, one.fence, "node_error")
+    await world.age_late()
+    await world.node("n2", can=LOGPROBS)
+    await world.end_grace()
+    await world.sweep()
+    two = await again(world, one, "n2")
+    await world.link.send("HSET", world.cell.keys.node(NodeId("n1")), "breaker_n", 0)
+
+    reply = await refuse(world, two, lacks=False)
+    (head,) = [job for queue in (await world.cell.look()).queues for job in queue.heads]
+    three = await again(world, one, "n2", "n1")
+    last = await refuse(world, three, lacks=False)
+
+    assert isinstance(reply, Requeued)
+    assert (head.avoid, head.refused) == (("n1", "n2"), ("n2",))
+    assert three.owner == world.holders[NodeId("n1")]  # never again to n2, though every node is avoided
+    assert last == Ended(one.job_id, "failed")
+    assert [end.error_code for end in await world.ends()] == ["unsupported"]
+
+
 async def test_while_the_only_node_that_can_is_away_a_refused_job_says_so(world: World):
     await world.node("n1")
     await world.node("n2", can=LOGPROBS)

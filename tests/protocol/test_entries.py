@@ -114,7 +114,7 @@ def test_an_epoch_far_ahead_of_its_entry_is_foreign():
 
 QUEUED = {
     "job": b"c0-j", "fence": b"1.ab", "out": b"gateway:g", "est_prompt": b"1", "est_new": b"1", "deadline": b"1",
-    "alone": b"", "avoided": b"n1 n2", "resume": b"",
+    "alone": b"", "avoided": b"n1 n2", "resume": b"", "refused": b"n2",
 }  # fmt: skip
 END = {
     "type": b"end", "job": b"c0-j", "fence": b"1.ab", "state": b"done", "reason": b"stop", "text_len": b"1",
@@ -149,7 +149,7 @@ ABSURD: dict[str, list[bytes]] = {
     "owner": [b"", b"a b", b"\xff", b"x" * 200],
     "entry": [b"zzz", b"1", b"1-", b"-1", b"1-1-1", b"9" * 30 + b"-1"],
     "queue": [b"junk", b"m:7", b":1", b"m:01", b"a b:1", b"\xff"],
-    "avoided": [b"a b!", b"x" * 65],
+    "avoided": [b"a b!", b"x" * 65], "refused": [b"a b!"],
     "resume": [b"a b", b"x" * 200],
     "state": [b"", b"queued", b"exploded"],
     "spec": [b"", b"m s keep 1 1 2 3", b"m s keep 1 1 2 -3 4", b"m s keep 1 1 2 3 9999999999",
