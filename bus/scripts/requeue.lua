@@ -76,24 +76,18 @@ local function note_refusal()
   call('HSET', node_key, 'cannot', concat(words, ' '))
 end
 
--- The job is not sent back to who has refused it: without another live node that can do it, it ends. One that it only
--- avoids, for an error that may pass, counts.
+-- The job is not sent back to who has refused it: when no other node is known that can do it, it ends. One that it only
+-- avoids, for an error that may pass, counts, and one that is away or restarts is waited for.
 local needs = needs_of(flags)
 if why == 'unable' then
   job.refused = with_word(job.refused, node)
 end
-if why == 'unable' and not another_lives(prefix, job.model, job.refused, needs) then
-  local asked = concat(needs or {}, ', ')
-  local away = count_known(prefix, job.model, needs, 1, job.refused) > 0
-  local ended
-  if away then
-    ended = end_job('failed', 'error', 'no_node', asked .. ': no other node of the model ' .. job.model .. ' is alive')
-  else
-    ended = end_job('failed', 'error', 'unsupported', unsupported(asked, job.model) .. ' (' .. node .. ': ' .. detail .. ')')
-  end
+if why == 'unable' and count_known(prefix, job.model, needs, 1, job.refused) == 0 then
+  local ended = end_job('failed', 'error', 'unsupported',
+    unsupported(concat(needs or {}, ', '), job.model) .. ' (' .. node .. ': ' .. detail .. ')')
   note_refusal()
   account(node_key, 0, 0, 1, 0, 0)
-  report(events_key, 'refused', job_id, away and 'no_node' or 'unsupported', node .. ': ' .. detail)
+  report(events_key, 'refused', job_id, 'unsupported', node .. ': ' .. detail)
   return ended
 end
 

@@ -2,6 +2,8 @@
 
 import asyncio
 
+import pytest
+
 from bus.cell import Cell
 from bus.cell.jobs import REASONS
 from bus.codec.entries import Assignment, parse_wake
@@ -388,17 +390,49 @@ async def test_a_node_avoided_for_an_error_still_gets_the_job_when_the_other_ref
     assert [end.error_code for end in await world.ends()] == ["unsupported"]
 
 
-async def test_while_the_only_node_that_can_is_away_a_refused_job_says_so(world: World):
+@pytest.mark.parametrize("how", ["silent", "lease", "bye"])
+@pytest.mark.parametrize("lacks", [True, False])
+async def test_while_the_only_node_that_can_is_away_a_refused_job_waits_for_it(world: World, how: str, lacks: bool):
+    """In mid-stream, too; who refused does not get it meanwhile."""
     await world.node("n1")
     await world.node("n2", can=LOGPROBS)
     one = await world.start("n1", job=asking())
+    await world.flush(one, 0, b"abc")
+    match how:
+        case "silent":
+            await fall_silent(world, "n2")
+        case "lease":
+            await world.age_lease(world.holders[NodeId("n2")])
+        case _:
+            await leave(world, "n2")
+
+    reply = await refuse(world, one, lacks)
+    await forget_refusals(world, "n1")
+    meanwhile = await world.dispatch("n1")
+    vain = await world.cell.end_unserved(one.job_id, one.fence)
+    await world.age_lease(world.holders[NodeId("n2")])
+    await world.node("n2", can=LOGPROBS)
+    two = await again(world, one, "n1", "n2")
+
+    assert reply == Requeued(one.job_id, "unable", 0)
+    assert meanwhile == [NotAssigned(one.job_id, "no_room")]
+    assert vain == NotYours(one.job_id, "queued")
+    assert two.owner == world.holders[NodeId("n2")] and two.text_len == 3
+    assert await world.ends() == []
+
+
+async def test_a_refused_job_that_waits_ends_when_the_node_it_waits_for_cannot(world: World):
+    await world.node("n1", can=LOGPROBS)
+    await world.node("n2", can=LOGPROBS)
+    one = await world.start("n1", job=asking())
     await fall_silent(world, "n2")
+    await refuse(world, one, lacks=False)
+    await world.beat("n2", can=())
 
-    reply = await refuse(world, one)
+    ended = await world.cell.end_unserved(one.job_id, one.fence)
 
-    assert reply == Ended(one.job_id, "failed")
-    (end,) = await world.ends()
-    assert end.error_code == "no_node"
+    assert ended == Ended(one.job_id, "failed")
+    assert [end.error_code for end in await world.ends()] == ["unsupported"]
 
 
 async def test_a_refusal_is_forgotten_after_a_while_at_a_new_process_and_at_a_new_registration(world: World):
