@@ -92,6 +92,10 @@ class CellKeys:
         """The same for nodes that hold only some of its layers."""
         return f"{self.prefix}model:{model}:parts"
 
+    def unable(self, model: str) -> str:
+        """What no living node of a large fleet could do a moment ago: submits do not look through it one by one."""
+        return f"{self.prefix}unable:{model}"
+
     def left(self, model: str) -> str:
         """zset node -> ms of its bye: nodes that served the model and may come back."""
         return f"{self.prefix}left:{model}"

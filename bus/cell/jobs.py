@@ -238,7 +238,10 @@ class JobCalls(CellBase):
     def _common(self, queue: QueueName, count: int) -> tuple[list[str], list[str | bytes | int]]:
         """The head of KEYS and ARGV of `_create.lua`."""
         keys, settings, model = self.keys, self.settings, queue_model(queue)
-        names = [keys.queue(queue), keys.wake, keys.deadlines, keys.queues, keys.model(model), keys.events]
+        names = [
+            *(keys.queue(queue), keys.wake, keys.deadlines, keys.queues, keys.model(model), keys.events),
+            keys.unable(model),
+        ]
         args: list[str | bytes | int] = [
             *(queue, model, keys.prefix, settings.queue_max, settings.node_ttl_ms, settings.job_keep_ms, count)
         ]

@@ -1,14 +1,14 @@
 -- use: _able
 -- New jobs of one queue, for `submit` and `admit`.
--- KEYS 1..6 queue, wake, deadlines, queues, model, events, then a job's job, out, gateway's set, quota, idem, text, payload;
+-- KEYS 1..7 queue, wake, deadlines, queues, model, events, unable, then a job's job, out, gateway's set, quota, idem, text, payload;
 -- where it has none of them, the job's own key.
 -- ARGV 1..7 queue, model, prefix, queue_max, node_ttl, job_keep, jobs, then a job's id, route, policy, stream flag, seed,
 -- est_prompt, est_new, payload, deadline_in, deadline_at, quota_max, idem record behind the
 -- ms that it outlives the deadline by, redrive, attempt floor, shown text, gateway.
-local queue_key, wake_key, deadlines_key, queues_key, model_key, events_key = unpack(KEYS, 1, 6)
+local queue_key, wake_key, deadlines_key, queues_key, model_key, events_key, unable_key = unpack(KEYS, 1, 7)
 local queue, model, prefix = ARGV[1], ARGV[2], ARGV[3]
 local job_keep = tonumber(ARGV[6])
-local COMMON_KEYS, COMMON_ARGS, KEYS_EACH, ARGS_EACH = 6, 7, 7, 16
+local COMMON_KEYS, COMMON_ARGS, KEYS_EACH, ARGS_EACH = 7, 7, 7, 16
 
 -- The k-th job as its caller describes it.
 local function job_at(k)
@@ -71,13 +71,28 @@ local function no_server(node_ttl)
   return {known > 0 and 'no_node' or 'no_model', node_ttl, '', known}
 end
 
--- The same where living nodes serve the model, and none of them can do what the job asks for.
+-- nil, or the same where living nodes serve the model and none of them can do what the job asks for. A large fleet is
+-- looked through once in UNABLE_MS, however many such jobs are refused.
+local UNABLE_MS, MANY = 1000, 256
 local function no_able(needs, node_ttl)
-  local known = count_known(prefix, model, needs, 1000)
-  if known > 0 then
-    return {'no_node', node_ttl, ' with ' .. concat(needs, ', '), known}
+  local asked = concat(needs, ', ')
+  local many = call('ZCARD', model_key) > MANY
+  local seen = many and try('GET', unable_key)
+  local known = type(seen) == 'string' and string.match(seen, '^(%d+) ' .. asked .. '$')
+  if not known then
+    if count_able(prefix, model, needs, now - node_ttl, 1) > 0 then
+      return nil
+    end
+    known = count_known(prefix, model, needs, 1000)
+    if many then
+      try('SET', unable_key, known .. ' ' .. asked, 'PX', UNABLE_MS)
+    end
   end
-  return {'unsupported', 0, concat(needs, ', '), 0}
+  known = tonumber(known)
+  if known > 0 then
+    return {'no_node', node_ttl, ' with ' .. asked, known}
+  end
+  return {'unsupported', 0, asked, 0}
 end
 
 -- Jobs that the model's living nodes ended per second of the last half minute: 64 of them speak for all.
@@ -107,7 +122,7 @@ end
 
 -- nil, or why the job cannot be taken: {code, wait ms, detail, figure}. `waiting` counts this call's jobs in.
 local served
-local able_nodes = {} -- looked for once in a call for all jobs that ask for the same
+local unable = {} -- looked for once in a call for all jobs that ask for the same: false, or why they are refused
 local function refusal(j, waiting)
   if j.redrive == '1' then
     return nil
@@ -120,9 +135,11 @@ local function refusal(j, waiting)
   end
   if j.needs then
     local asked = concat(j.needs, ' ')
-    able_nodes[asked] = able_nodes[asked] or count_able(prefix, model, j.needs, now - ARGV[5], 1)
-    if able_nodes[asked] == 0 then
-      return no_able(j.needs, tonumber(ARGV[5]))
+    if unable[asked] == nil then
+      unable[asked] = no_able(j.needs, tonumber(ARGV[5])) or false
+    end
+    if unable[asked] then
+      return unable[asked]
     end
   end
   if waiting >= tonumber(ARGV[4]) then

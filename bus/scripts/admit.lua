@@ -1,9 +1,9 @@
 -- use: _create _event
 -- A plain producer's entry becomes a job, or gets its error: once, because the entry goes in the same script.
--- KEYS 14 jobs, 15 dead. ARGV 24 entry, 25 out_ttl, 26 dead_keep, 27 front_door_max, then codes of refusals, each with
+-- KEYS 15 jobs, 16 dead. ARGV 24 entry, 25 out_ttl, 26 dead_keep, 27 front_door_max, then codes of refusals, each with
 -- its sentence, in which {model}, {detail} and {figure} stand for what is known here.
 -- Answers as submit for one job, or {'gone'}.
-local front_key, dead_key = KEYS[14], KEYS[15]
+local front_key, dead_key = KEYS[15], KEYS[16]
 local entry_id, out_ttl, dead_keep, front_max = ARGV[24], tonumber(ARGV[25]), tonumber(ARGV[26]), tonumber(ARGV[27])
 local j = job_at(1)
 if #call('XRANGE', front_key, entry_id, entry_id) == 0 then

@@ -1,6 +1,7 @@
 """What not every node can do: a job that asks for it goes only to nodes that can, and is refused where none can."""
 
 import asyncio
+import re
 
 import pytest
 
@@ -9,7 +10,7 @@ from bus.cell.jobs import REASONS
 from bus.codec.entries import Assignment, parse_wake
 from bus.codec.events import NodeBye, NodeRegistered
 from bus.codec.spec import FLAG_OF
-from bus.codec.wire import Assigned, Ended, NotAssigned, NotYours, Requeued
+from bus.codec.wire import Assigned, Ended, NotAssigned, NotYours, Refused, Requeued
 from bus.ids import NodeId
 from bus.jobs import is_able
 from bus.keys import QueueName
@@ -163,6 +164,35 @@ async def test_a_job_that_no_living_node_can_do_is_refused_by_name(world: World)
     assert (refused.code, refused.retry_after_ms) == ("unsupported", 0)
     assert "logprobs" in refused.reason and f"model {MODEL}" in refused.reason
     assert await world.submit()
+
+
+async def hash_reads(world: World, count: int) -> int:
+    """What a burst of refused submits reads; each is a node's hash or a job's."""
+    await world.link.send("CONFIG", "RESETSTAT")
+    asked = [world.cell.submit(world.submission(job=asking())) for _ in range(count)]
+    answers = await asyncio.gather(*asked)
+    assert {answer.code for answer in answers if isinstance(answer, Refused)} == {"unsupported"}
+    stats = (await world.link.send("INFO", "commandstats")).decode()
+    return int(re.search(r"cmdstat_hmget:calls=(\d+)", stats)[1])  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("nodes", "first", "second"), [(200, 2 * 200, 2 * 200), (300, 2 * 300, 0)])
+async def test_refused_submits_look_through_the_nodes_once_not_each(world: World, nodes: int, first: int, second: int):
+    """A large fleet, where that takes milliseconds of the server's one thread, once a second."""
+    await world.node("n1", can=())
+    (beat_ms,) = (await world.link.send("ZRANGE", world.cell.keys.model(MODEL), 0, 0, "WITHSCORES"))[1:]
+    for number in range(nodes - 1):
+        await world.link.send("HSET", world.cell.keys.node(NodeId(f"x{number}")), "state", "up", "can", "-")
+        await world.link.send("ZADD", world.cell.keys.model(MODEL), beat_ms, f"x{number}")
+    burst = 64
+
+    reads = [await hash_reads(world, burst) - burst for _ in range(2)]
+    await world.beat("n1", can=LOGPROBS)
+    await world.link.send("PEXPIRE", world.cell.keys.unable(MODEL), 1)
+    await asyncio.sleep(0.01)
+
+    assert reads == [first, second]
+    assert await world.submit(job=asking())
 
 
 async def test_a_plain_producer_is_told_the_same(world: World):
