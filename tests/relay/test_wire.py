@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bus.ids import ModelName
 from bus.jobs import ChatJob, Message, Sampling
-from gpu_worker.relay_engine.faults import CallFailed, NodeBroke, failure_of_status, sanitise
+from gpu_worker.relay_engine.faults import CallFailed, NodeBroke, failure_of_status, no_logprobs, sanitise
 from gpu_worker.relay_engine.tally import Tally
 from gpu_worker.relay_engine.wire import (
     Chunk,
@@ -192,6 +192,50 @@ def test_only_a_status_about_the_request_is_the_callers_fault(status: int, raw: 
     assert (failure.fault, failure.code, failure.status) == (fault, code, status)
 
 
+@pytest.mark.parametrize(
+    ("error", "minded"),
+    [
+        ({"message": "top_logprobs is at most 5"}, True),
+        ({"message": "no such thing here", "param": "top_logprobs"}, True),
+        ({"message": "not here", "code": "logprobs_unsupported"}, True),
+        ({"message": "bad value in {'logprobs': true, 'top_p': 7}", "param": "top_p"}, False),
+        ({"message": "9000 tokens in {'logprobs': true}", "code": "context_length_exceeded"}, False),
+        ({"message": "maximum context length is 4096, got {'logprobs': true}"}, False),
+        ({"message": "slow down: {'logprobs': true}", "code": "rate_limit_exceeded"}, False),
+        ({"message": "bad top_p"}, False),
+    ],
+)
+def test_a_refusal_is_about_log_probabilities_if_the_node_names_them_not_if_it_echoes_the_request(
+    error: dict[str, str], minded: bool
+) -> None:
+    failure = failure_of_status(400, orjson.dumps({"error": error}))
+
+    assert (no_logprobs(failure) is not None) == minded
+
+
+@pytest.mark.parametrize(
+    ("place", "words", "minded"),
+    [
+        (["body", "top_logprobs"], "no", True),
+        (["body"], "top_logprobs needs logprobs", True),
+        (["body", "messages", 0], "no", False),
+        (["body"], "no", False),
+        ("body", 5, False),
+    ],
+)
+def test_place_and_words_of_a_validation_error_say_what_is_minded(place: object, words: object, minded: bool) -> None:
+    detail = [{"loc": place, "msg": words, "input": {"logprobs": True}}, "more"]
+
+    failure = failure_of_status(422, orjson.dumps({"detail": detail}))
+
+    assert (no_logprobs(failure) is not None) == minded
+
+
+@pytest.mark.parametrize("status", [429, 500])
+def test_what_is_no_refusal_of_the_request_is_not_about_log_probabilities(status: int) -> None:
+    assert no_logprobs(failure_of_status(status, b'{"error": "in {\'logprobs\': true}"}')) is None
+
+
 def test_a_nodes_own_words_are_made_printable_and_short() -> None:
     said = sanitise("line\r\n\x1b[31mred\u202e" + "x" * 1000)
 
@@ -235,6 +279,8 @@ known_names = st.sampled_from(
         "usage",
         "error",
         "detail",
+        "param",
+        "loc",
         "code",
         "data",
         "id",
