@@ -101,7 +101,7 @@ def unserved(queues: Sequence[QueueView], view: CellView) -> list[tuple[QueueNam
 
 
 def shortlist(nodes: Sequence[Node], now_ms: int, needs: Collection[str]) -> list[Node]:
-    """The nodes worth comparing for ordinary jobs with these needs: open and able, of a large fleet the least loaded."""
+    """The nodes worth comparing for ordinary jobs with these needs: open, able, of a large fleet the least loaded."""
     usable = [node for node in nodes if is_open(node, now_ms)]
     if needs:
         usable = able(usable, needs)
