@@ -132,7 +132,8 @@ class EngineCore:
         )
 
     def _prompt_budget(self) -> int:
-        scheduler, settled_s = self.scheduler, self._clock() - SETTLED_S
+        scheduler = self.scheduler
+        settled_s = max(self._clock() - SETTLED_S, scheduler.oldest_prompt_s)
         answers = scheduler.answers()
         settled = sum(0 < one.first_token_s <= settled_s for one in scheduler.running)
         return self.rates.prompt_budget(

@@ -19,7 +19,7 @@ STALL = 2.0  # of its own token intervals that a running answer waits for a prom
 AIM = 0.9  # of that: what is between two steps takes time too
 CAREFUL = 2.0  # standard deviations by which a step may take longer than expected and the promise still holds
 NOISE_HEEDED = 0.1  # a machine noisier than this stalls answers itself; prompts must get on nevertheless
-SETTLED_S = 1.0  # after its first token an answer came with those that still wait for theirs, and waits for them too
+SETTLED_S = 1.0  # after its first token an answer waits for prompts that it came with; never for those that came later
 EVEN = 0.8  # of the prompt tokens per second of a longer step: a shorter one is as good
 
 
@@ -103,8 +103,8 @@ def prompt_budget(
     """Prompt tokens of the next step, at least 1.
 
     interval_s: what a step takes with the answers alone; answers: their pieces; settled: how many of them had their
-    first token SETTLED_S ago; prompts: (computed, still to compute) of each prompt in the order in which they are
-    taken; arriving: how many wait for their first token.
+    first token SETTLED_S ago, or before the first of the prompts came; prompts: (computed, still to compute) of each
+    prompt in the order in which they are taken; arriving: how many wait for their first token.
 
     So few tokens that the answers wait at most STALL of their own intervals longer; while more prompts arrive than
     settled answers run, in proportion longer, since all of these wait too. In any case about CHUNK_S, and no further

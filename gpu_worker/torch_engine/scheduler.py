@@ -21,6 +21,7 @@ A sequence never holds more tokens than the pool (`total_max` sees to it), so on
 """
 
 import dataclasses
+import math
 from collections import deque
 from collections.abc import Iterator
 from itertools import islice
@@ -86,6 +87,12 @@ class Scheduler:
         """Sequences that wait for their first token and have a slot, or could have one."""
         slots = min(self.capacity, len(self.running) + len(self.waiting))
         return slots - len(self._answering())
+
+    @property
+    def oldest_prompt_s(self) -> float:
+        """When the first of those came that wait for their first token; infinite if none does."""
+        begun = (one.arrived_s for one in self.running if one.pending > 1)
+        return min((*begun, *(one.arrived_s for one in islice(self.waiting, 1))), default=math.inf)
 
     @property
     def waiting_tokens(self) -> int:

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from bus.jobs import Message, Sampling
-from gpu_worker.engine import End
+from gpu_worker.engine import End, GenerateRequest
 from gpu_worker.torch_engine.assembly import Assembled
 from gpu_worker.torch_engine.prompt import Answer, prepare
+from tests.torch_engine.slot_model import slot_engine
 from tests.torch_engine.tiny import (
     Outcome,
     deliver,
@@ -233,3 +234,33 @@ def test_load_says_what_runs_waits_and_is_free(model_dir: Path) -> None:
 
     assert (load.running, load.waiting, load.idle, load.total_blocks) == (2, 2, False, 64)
     assert load.free_blocks < 64
+
+
+@pytest.mark.parametrize("came_later", [True, False])
+def test_an_answer_that_has_just_begun_waits_for_no_prompt_that_came_later(model_dir: Path, came_later: bool) -> None:
+    engine = slot_engine(model_dir, block_tokens=16, chunk_max=512, row_s=0.001)
+    core = engine.core
+    for warm_up in ("x", "y"):
+        run(engine, [request(warm_up, "p" * 300, max_tokens=20)])
+    long, begun = request("long", "p" * 1500, max_tokens=1), request("begun", "hello", max_tokens=200)
+
+    core.add(prepared(engine, begun))
+    if came_later:
+        for _ in range(6):
+            core.step()
+        core.add(prepared(engine, long))
+    else:
+        core.add(prepared(engine, long))
+        core.step()
+    gaps, last_s = [], core.last_progress_s
+    while len(gaps) < 8:
+        if any(piece.sequence == "begun" for piece in core.step().pieces):
+            gaps.append(core.last_progress_s - last_s)
+            last_s = core.last_progress_s
+    assert (max(gaps) < 0.05) == came_later  # its own interval is 11 ms
+
+
+def prepared(engine: Assembled, asked: GenerateRequest) -> Answer:
+    answer = prepare(asked, engine.text, context_max=engine.context)
+    assert isinstance(answer, Answer)
+    return answer

@@ -120,7 +120,7 @@ def test_no_history_makes_a_figure_that_is_none(steps: list[tuple[list[Piece], l
     figures = rates.prefill_rate, rates.decode_rate([]), rates.decode_rate(ANSWERS)
 
     assert all(math.isfinite(figure) and figure >= 0 for figure in figures)
-    assert 1 <= budget(rates, ANSWERS, [(0, 900)]) <= 512
+    assert 0 <= budget(rates, ANSWERS, [(0, 900)]) <= 512  # 0: the answers alone are to be measured
 
 
 def test_without_answers_a_chunk_is_as_long_as_half_a_second():
