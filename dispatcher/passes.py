@@ -15,9 +15,11 @@ import asyncio
 import logging
 from collections.abc import Collection, Mapping, Sequence
 
+from msgspec.structs import replace
+
 from bus.cell import Cell
 from bus.codec.wire import Assigned, CellView, Ended, NotAssigned, QueuedJob, QueueView
-from bus.ids import ModelName
+from bus.ids import JobId, ModelName
 from bus.keys import PRIORITIES, QueueName, queue_model, queue_name
 from dispatcher.board import FRESH_MS, Board
 from dispatcher.paging import Pages
@@ -27,6 +29,7 @@ from dispatcher.sharing import Share
 from dispatcher.views import to_nodes, to_pick
 
 SETTLED = {"gone", "not_queued"}  # the entry is no longer in the queue
+ASKED_MAX = 10_000
 UNSERVED_S = 1.0  # jobs that wait for a node that left may be many, and nothing changes for them at each look
 
 log = logging.getLogger(__name__)
@@ -51,9 +54,8 @@ class Passes:
         self._left: set[QueueName] = set()  # had jobs left after the last look
         self._stuck: set[QueueName] = set()  # of these, those without room: more jobs change nothing
         self._room = False  # room appeared during the pass: its look may not have seen that
-        self._hoping: dict[
-            QueueName, float
-        ] = {}  # jobs wait there for a node that is not seen; not asked again until then
+        self._hoping: dict[QueueName, float] = {}  # jobs there wait for a node that is not seen; not asked until then
+        self._asked: dict[JobId, tuple[str, ...]] = {}  # needs that `assign` told: the entry is an older release's
         self._event = asyncio.Event()
         self._event.set()
         self._due: asyncio.TimerHandle | None = None
@@ -175,6 +177,8 @@ class Passes:
         nodes = to_nodes(view)
         take_over_ms = self._cell.settings.take_over_ms
         mine = [one for one in view.queues if one.queue in after or self.share.serves(one, view.now_ms, take_over_ms)]
+        if self._asked:
+            mine = [self._told(one) for one in mine]
         taken = await self._assign(plan(mine, nodes, view.now_ms, self._turn, self._draw))
         await self._end_unserved(unserved(mine, view), taken)
         self._board.remember(view, nodes, self._clock_ms())
@@ -196,7 +200,24 @@ class Passes:
         answers = [await calls[0]] if len(calls) == 1 else await asyncio.gather(*calls)
         for queue, outcomes in zip(by_queue, answers, strict=True):
             taken.count(queue, outcomes)
+            self._learn(by_queue[queue], outcomes)
         return taken
+
+    def _learn(self, choices: Sequence[Choice], outcomes: Sequence[Assigned | NotAssigned]) -> None:
+        """Nodes that cannot do it were named, because the entry does not say what the job asks for: name others."""
+        for choice, outcome in zip(choices, outcomes, strict=True):
+            if isinstance(outcome, NotAssigned) and outcome.needs and not choice.job.needs:
+                if len(self._asked) >= ASKED_MAX:
+                    self._asked.clear()
+                self._asked[outcome.job_id] = outcome.needs
+                self._woken.add(choice.queue)
+                self._event.set()
+
+    def _told(self, view: QueueView) -> QueueView:
+        heads = [
+            replace(job, needs=self._asked[job.job_id]) if job.job_id in self._asked else job for job in view.heads
+        ]
+        return replace(view, heads=tuple(heads))
 
     async def _end_unserved(self, jobs: Sequence[tuple[QueueName, QueuedJob]], taken: "_Taken") -> None:
         """No node can do what these ask for. The script looks again: a node may have come meanwhile, or have left to

@@ -337,7 +337,8 @@ def _to_assigned(pick: Pick, answer: list[Any]) -> Assigned | NotAssigned | str:
     word = answer[0].decode()
     if word == "assigned":
         return Assigned(pick.job_id, Fence(answer[1].decode()), answer[2].decode())
-    return answer[1].decode() if word == "out" else NotAssigned(pick.job_id, word)
+    told: str = answer[1].decode() if len(answer) > 1 else ""
+    return told if word == "out" else NotAssigned(pick.job_id, word, tuple(told.split()))
 
 
 def _full(error: BaseException | None) -> Refused | None:

@@ -251,6 +251,7 @@ class NotAssigned(msgspec.Struct, frozen=True):
 
     job_id: JobId
     why: Literal["gone", "not_queued", "changed", "no_room", "alone", "deadline"]
+    needs: tuple[str, ...] = ()  # with no_room: what it asks for; an entry of an older release does not say
 
 
 # --- worker ---------------------------------------------------------------------------------------------------------

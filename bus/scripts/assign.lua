@@ -146,7 +146,7 @@ for i = 1, pick_count do
     if late then
       answers[i] = {'deadline'}
     elseif not n then
-      answers[i] = {'no_room'}
+      answers[i] = needs and {'no_room', concat(needs, ' ')} or {'no_room'}
     elseif waits then
       answers[i] = {'alone'}
     else

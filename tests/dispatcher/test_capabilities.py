@@ -184,6 +184,28 @@ async def test_jobs_outlive_a_graceful_restart_of_the_only_node_that_can(cell: C
     assert [record.state for record in records if record is not None] == ["queued", "queued"]
 
 
+async def test_an_entry_of_an_older_release_that_names_no_needs_finds_the_node_that_can(
+    cell: Cell, dispatching: Dispatching
+) -> None:
+    can = await HandNode.join(cell, "can", capacity=2, can=LOGPROBS)
+    async with dispatching():
+        await submit(cell, "load", est_new=5_000)
+        await wait_until(can.running)
+    for number in range(4):
+        await HandNode.join(cell, f"no{number}", can=())
+    await submit(cell, "j", job=ASKING)
+    key, send = cell.keys.queue(QUEUE), cell.link.send
+    ((entry, words),) = await send("XRANGE", key, "-", "+")
+    await send("DEL", key, cell.keys.wake)
+    await send("XADD", key, entry, *words[: words.index(b"needs")])
+
+    async def both_run() -> bool:
+        return await can.running() == 2
+
+    async with dispatching():
+        await wait_until(both_run)
+
+
 async def test_a_node_that_learns_it_wakes_the_jobs_that_wait_for_it(cell: Cell, dispatching: Dispatching) -> None:
     node = await HandNode.join(cell, "a", can=())
     async with dispatching(block_ms=20_000, renew_ms=15_000, self_fence_ms=40_000):

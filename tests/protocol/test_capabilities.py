@@ -133,7 +133,7 @@ async def test_a_job_that_must_run_alone_waits_for_a_node_that_can(world: World)
     alone = await world.dispatch("n1")
     other = await world.dispatch("n1", "n2")
 
-    assert alone == [NotAssigned(one.job_id, "no_room")]
+    assert alone == [NotAssigned(one.job_id, "no_room", LOGPROBS)]
     assert isinstance(other[0], Assigned) and other[0].node == "n2"
 
 
@@ -445,7 +445,7 @@ async def test_while_the_only_node_that_can_is_away_a_refused_job_waits_for_it(w
     two = await again(world, one, "n1", "n2")
 
     assert reply == Requeued(one.job_id, "unable", 0)
-    assert meanwhile == [NotAssigned(one.job_id, "no_room")]
+    assert meanwhile == [NotAssigned(one.job_id, "no_room", LOGPROBS)]
     assert vain == NotYours(one.job_id, "queued")
     assert two.owner == world.holders[NodeId("n2")] and two.text_len == 3
     assert await world.ends() == []
