@@ -252,7 +252,8 @@ def test_an_answer_that_has_just_begun_waits_for_no_prompt_that_came_later(model
     else:
         core.add(prepared(engine, long))
         core.step()
-    gaps, last_s = [], core.last_progress_s
+    gaps: list[float] = []
+    last_s = core.last_progress_s
     while len(gaps) < 8:
         if any(piece.sequence == "begun" for piece in core.step().pieces):
             gaps.append(core.last_progress_s - last_s)
