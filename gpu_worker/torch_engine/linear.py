@@ -79,17 +79,18 @@ class LinearFactory:
         weight = cat(parts, self.dtype, self.device)
         if isinstance(weight, Quantized):  # rounded to float16, 2^-12 beside steps of a sixteenth, so that `half` fits
             weight = weight.dequantize(torch.float16).to(self.dtype)
-        kind, multiply = self._choose(weight, bias)
+        kind, multiply = self._choose(weight, bias, of_file=weight is parts[0])
         each = 2 if kind == "half" else weight.itemsize
         return Linear(multiply, kind, self._row_multiple(kind, multiply, weight), each * weight.numel())
 
-    def _choose(self, weight: Tensor, bias: Tensor | None) -> tuple[str, RowOp]:
+    def _choose(self, weight: Tensor, bias: Tensor | None, *, of_file: bool) -> tuple[str, RowOp]:
+        """of_file: it may be a view of the file, which must not stay open."""
         if self.device.type == "cpu":
             half = _half(weight, bias) if self.exact else None
             found = half or _packed(weight, bias)
             if found is not None:
                 return found
-            weight = weight.clone()  # it may be a view of a file
+            weight = weight.clone() if of_file else weight
         return "plain", _plain(weight, bias)
 
     def _row_multiple(self, kind: str, multiply: RowOp, weight: Tensor) -> int | None:
