@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 
 from gpu_worker.torch_engine.interval import OwnInterval
-from gpu_worker.torch_engine.step_time import Piece, StepTime, load_of
+from gpu_worker.torch_engine.step_time import Load, Piece, StepTime, load_of
 
 FOLLOW = 0.1  # weight of the newest value in the moving averages
 PREFILL_MEMORY = 2048  # prompt tokens after which what was measured before counts half
-CHUNK_S = 0.5  # a longer chunk computes no faster, and whoever could be answered in between would wait for it
+CHUNK_S = 0.5  # a longer chunk computes hardly faster, and whoever could be answered in between would wait for it
+CHUNK_MOST_S = 2.0  # on machines where it does: large models, whose weights take that long to read
 STALL = 2.0  # of its own token intervals that a running answer waits for a prompt, per step
+BROKEN = 2.0  # times what one prompt token takes beside the answers, where even that is longer than they were promised
 AIM = 0.9  # of that: what is between two steps takes time too
 CAREFUL = 2.33  # standard deviations that one step in a hundred takes longer than expected: all others keep the promise
 NOISE_HEEDED = 0.1  # a machine noisier than this stalls answers itself; prompts must get on nevertheless
@@ -109,23 +111,31 @@ def prompt_budget(
     So few tokens that the answers wait at most STALL of their own intervals longer; while more prompts arrive than
     settled answers run, in proportion longer, since all of these wait too. In any case about CHUNK_S, and no further
     than to the end of a prompt if that is about as fast: its first token need not wait for a part of the next prompt.
+    Where a single token breaks the promise already, as many as take BROKEN times as long: a chunk costs the answers
+    about the same whatever its size, and chunks of one token would come two thousand times.
     """
     wanted = list(first_tokens(prompts, chunk_max))
     most = max(1, sum(count for _, count in wanted))
     if not step_time.steps:
         return most
-    patience_s = STALL * AIM * max(1.0, arriving / settled) * interval_s if settled else CHUNK_S
-    limit_s = interval_s + min(CHUNK_S, patience_s)
-    alone, promised = load_of(answers), arriving <= settled
+
+    def load(tokens: int) -> Load:
+        return load_of(answers, first_tokens(wanted, tokens))
+
+    least_s = step_time.expected_s(load(1))
+    chunk_s = max(CHUNK_S, min(CHUNK_MOST_S, least_s / (1 - EVEN)))
+    patience_s = STALL * AIM * max(1.0, arriving / settled) * interval_s if settled else chunk_s
+    broken = least_s > interval_s + patience_s
+    limit_s = interval_s + min(chunk_s, BROKEN * least_s - interval_s if broken else patience_s)
     noise = min(step_time.noise, NOISE_HEEDED)
 
     def fits(tokens: int) -> bool:
-        load = load_of(answers, first_tokens(wanted, tokens))
-        careful = math.exp(CAREFUL * math.hypot(step_time.doubt(load, alone), noise)) if promised else 1.0
-        return step_time.expected_s(load) * careful <= limit_s
+        promised = arriving <= settled and not broken
+        doubt = math.hypot(step_time.doubt(load(tokens), load(0)), noise) if promised else 0.0
+        return step_time.expected_s(load(tokens)) * math.exp(CAREFUL * doubt) <= limit_s
 
     def token_s(tokens: int) -> float:
-        return step_time.expected_s(load_of(answers, first_tokens(wanted, tokens))) / tokens
+        return step_time.expected_s(load(tokens)) / tokens
 
     return _first_end([count for _, count in wanted], _largest(most, fits), token_s)
 

@@ -58,6 +58,9 @@ CPU = (0.012, 0.0025, 0.003, 1e-6, 2.5e-7)
 COMPILED = (0.005, 0.0009, 0.0002, 5e-7, 1e-7)
 DEEP = (0.005, 0.0005, 0.0002, 1e-6, 2e-6)  # attention costs more than all else from some hundred keys on
 GPU = (0.01, 0.00002, 0.0001, 1e-8, 2e-9)
+# Answers alone are replayed from graphs; beside a prompt each operation is launched, whatever its size.
+GRAPHS = (0.0006, 0.000003, 0.0025, 1e-8, 2e-9)
+LARGE = (0.25, 0.1, 0.0, 1e-6, 1e-6)  # 8 billion parameters on two cores
 # The default model on one core of a machine with AVX2: a second row rides along, few more are unpacked for each pass.
 BENT = (0.0076, 0.0026, 0.0005, 3.5e-6, 1.05e-6)
 BENDS = ((1, 0.7), (2, 1.8), (6, 1.0))

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_worker.torch_engine.rates import CHUNK_S, Rates, capacity_now, first_tokens
+from gpu_worker.torch_engine.rates import CHUNK_MOST_S, CHUNK_S, Rates, capacity_now, first_tokens
 from gpu_worker.torch_engine.step_time import Piece, load_of
-from tests.torch_engine.machine import CPU, Machine, budget, warmed_up
+from tests.torch_engine.machine import CPU, GRAPHS, LARGE, Machine, budget, gaps_beside_a_prompt, warmed_up
 
 ANSWERS: list[Piece] = [(100, 1)] * 4
 
@@ -183,7 +183,7 @@ def test_a_long_context_makes_chunks_shorter():
         machine.observed(known, ANSWERS, [(start, 20)])
     machine.observed(known, ANSWERS, [])
 
-    chunks = [budget(known, ANSWERS, [(at, 500)]) for at in (0, 500, 2000, 8000)]
+    chunks = [budget(known, ANSWERS, [(at, 500)]) for at in (0, 500, 2000)]
 
     assert chunks == sorted(chunks, reverse=True)
     assert chunks[0] > 3 * chunks[-1]
@@ -194,6 +194,32 @@ def test_however_slow_a_prompt_gets_on():
     known = warmed_up(machine)
 
     assert budget(known, ANSWERS, [(0, 2000)]) == 1
+
+
+@pytest.mark.parametrize("answers", [1, 4, 16])
+def test_where_one_token_breaks_the_promise_a_prompt_gets_on_at_least(answers: int):
+    """Chunks of one token would stall the answers as long, and two thousand times."""
+    machine = Machine(*GRAPHS, seed=3)
+    alone_s = machine.usual_s(load_of([(130, 1)] * answers))
+
+    gaps = gaps_beside_a_prompt(machine, answers, 2000)
+
+    assert len(gaps) < 60
+    assert gaps[-1] * alone_s < 1.3 * machine.usual_s(load_of([(130, 1)] * answers, [(0, 1)]))
+
+
+def test_where_a_step_takes_long_whatever_its_tokens_a_lone_prompt_takes_more_of_them():
+    """Half a second a step would be half of it for reading weights."""
+    machine = Machine(*LARGE, seed=4)
+    known = warmed_up(machine)
+    taken_s, done = 0.0, 0
+    while done < 200:
+        tokens = budget(known, [], [(done, 200 - done)])
+        taken_s += (last_s := machine.observed(known, [], [(done, tokens)]))
+        assert last_s < 1.2 * CHUNK_MOST_S
+        done += tokens
+
+    assert taken_s < 1.4 * machine.usual_s(load_of([], [(0, 200)]))
 
 
 def test_several_prompts_share_a_chunk_in_their_order():
