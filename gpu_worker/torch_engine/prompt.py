@@ -106,12 +106,13 @@ def _prompt_tokens(request: GenerateRequest, model: TextModel, context_max: int)
         text = job.prompt if job.prompt is not None else model.render(job.messages)
     except TemplateError as error:
         raise _Refused("bad_request", str(error)) from error
-    if (at_least := model.least_tokens(text)) >= context_max:
-        raise _too_long(context_max, f"at least {at_least}")
     try:
-        tokens = model.encode(text, special=job.prompt is not None)
+        at_least = model.too_many(text, context_max)
+        tokens = model.encode(text, special=job.prompt is not None) if at_least is None else []
     except Exception as error:  # tokenizers raises bare Exception, and TypeError for lone surrogates
         raise _Refused("bad_request", f"the prompt cannot be tokenised: {error}") from error
+    if at_least is not None:
+        raise _too_long(context_max, f"at least {at_least}")
     if not tokens:
         raise _Refused("bad_request", "the prompt is empty")
     if max(tokens) >= model.vocabulary:

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from bus.jobs import Message
 from gpu_worker.engine import EngineStartError
+from gpu_worker.torch_engine import tokenizing
 from gpu_worker.torch_engine.chat_template import ChatTemplate, TemplateError
 from gpu_worker.torch_engine.detokenizer import byte_fallback_bytes, byte_level_bytes
 from gpu_worker.torch_engine.sampling import parse_defaults
@@ -22,16 +23,12 @@ class TextModel:
         config = read_json(directory / "config.json")
         generation = read_json(directory / "generation_config.json", optional=True)
         tokenizer_config = read_json(directory / "tokenizer_config.json", optional=True)
-        try:
-            self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise EngineStartError(f"{directory / 'tokenizer.json'}: cannot be read as a tokenizer: {error}") from error
+        self.tokenizer = _read_tokenizer(directory / "tokenizer.json")
         self.eos = _token_ids(generation.get("eos_token_id", config.get("eos_token_id")))
         self.defaults = parse_defaults(generation)
         self.vocabulary = int(config.get("vocab_size", 0))  # rows of the embedding; ids at or above have none
         self.template = _template(directory, tokenizer_config)
         self.token_bytes = _token_bytes(self.tokenizer, self.eos)
-        self._longest_token = max(map(len, self.token_bytes), default=1) or 1
 
     def render(self, messages: tuple[Message, ...]) -> str:
         """Raises TemplateError."""
@@ -41,11 +38,11 @@ class TextModel:
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """special: add the tokens that the tokenizer's own post-processor puts around a text, such as a leading BOS."""
-        return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
+        return tokenizing.encode(self.tokenizer, text, special=special)
 
-    def least_tokens(self, text: str) -> int:
-        """No tokenization of this text can be shorter. Cheap, so that a hopeless prompt is refused unread."""
-        return -(-len(text.encode(errors="replace")) // self._longest_token)
+    def too_many(self, text: str, tokens_max: int) -> int | None:
+        """How many tokens a text has at least that surely does not fit, as far as its beginning shows that."""
+        return tokenizing.hopeless(self.tokenizer, text, tokens_max)
 
 
 def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
@@ -59,6 +56,19 @@ def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise EngineStartError(f"{path}: expected an object")
     return content
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    """With what its trainer left switched on off: no prompt is cut or filled, and each splits the same way always."""
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise EngineStartError(f"{path}: cannot be read as a tokenizer: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if isinstance(tokenizer.model, models.BPE):
+        tokenizer.model.dropout = None
+    return tokenizer
 
 
 def _token_ids(value: Any) -> frozenset[int]:
