@@ -42,12 +42,15 @@ def byte_fallback_bytes(vocabulary: Mapping[str, int], hidden: Iterable[int]) ->
 
 
 class TextStream:
-    """The text of one answer, as it may be shown: whole characters, stop strings held back."""
+    """The text of one answer, as it may be shown: whole characters, stop strings held back.
 
-    def __init__(self, token_bytes: Sequence[bytes], stops: Sequence[str]) -> None:
+    shown: what stands before the tokens that will be fed, for stop strings that begin in it.
+    """
+
+    def __init__(self, token_bytes: Sequence[bytes], stops: Sequence[str], shown: str = "") -> None:
         self._token_bytes = token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._scanner = StopScanner(stops)
+        self._scanner = StopScanner(stops, shown)
 
     @property
     def stopped(self) -> bool:

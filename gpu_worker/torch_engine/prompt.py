@@ -1,8 +1,8 @@
 """From a request to a sequence that the scheduler can run, or to the end it has at once. No torch, no thread, no clock.
 
-A resumed answer: its forced tokens (or, from an engine with other tokens, its forced text tokenised again) are put
-behind the prompt, computed like it, and fed through the same text stream, so that what is held back at that point,
-half a character or half a stop string, is held back again.
+A resumed answer: its forced tokens are put behind the prompt, computed like it, and fed through the same text stream,
+so that what is held back at that point, half a character or half a stop string, is held back again. From an engine with
+other tokens there is only the forced text: tokens are found that spell it, and all of it counts as shown.
 """
 
 import dataclasses
@@ -56,23 +56,14 @@ def prepare(request: GenerateRequest, model: TextModel, *, context_max: int) -> 
         _check_bias(request.job.sampling.logit_bias, model)
     except _Refused as refused:
         return _client_error(refused.code, str(refused))
-    stream = TextStream(model.token_bytes, request.job.stop)
-    forced = list(request.forced_tokens)
-    retokenised = not forced and bool(request.forced_text)
-    if retokenised:
-        try:
-            forced = model.encode(request.forced_text.decode(), special=False)
-        except UnicodeDecodeError:
-            return _node_error("interrupted", "the text of the earlier attempt is not UTF-8")
-        ready = ""
-    else:
-        text = "".join(stream.feed(token) for token in forced).encode()
-        if not text.startswith(request.forced_text) or max(forced, default=0) >= model.vocabulary:
-            return _node_error("interrupted", "the stored tokens and the stored text of the earlier attempt disagree")
-        ready = text[len(request.forced_text) :].decode()
+    retokenised = bool(request.forced_text) and not request.forced_tokens
+    try:
+        forced, stream, ready = _shown_text(request, model) if retokenised else _shown_tokens(request, model)
+    except _Disagree as error:
+        return _node_error("interrupted", str(error))
     sequence = Sequence(
         id=request.sequence,
-        tokens=prompt + forced,
+        tokens=[*prompt, *forced],
         prompt_len=len(prompt),
         forced_len=len(forced),
         total_max=_total_max(len(prompt), request.job.max_tokens, context_max),
@@ -92,6 +83,32 @@ def prepare(request: GenerateRequest, model: TextModel, *, context_max: int) -> 
     )
     answer.ready_end = _end_of_prefix(answer)
     return answer
+
+
+class _Disagree(Exception):
+    """What an earlier attempt stored cannot be gone on with here; the text says why."""
+
+
+def _shown_tokens(request: GenerateRequest, model: TextModel) -> tuple[tuple[int, ...], TextStream, str]:
+    """The tokens of an earlier attempt, the stream that has read them, and what it let out that was never shown."""
+    forced = request.forced_tokens
+    stream = TextStream(model.token_bytes, request.job.stop)
+    text = "".join(map(stream.feed, forced)).encode()
+    if not text.startswith(request.forced_text) or max(forced, default=0) >= model.vocabulary:
+        raise _Disagree("the stored tokens and the stored text of the earlier attempt disagree")
+    return forced, stream, text[len(request.forced_text) :].decode()
+
+
+def _shown_text(request: GenerateRequest, model: TextModel) -> tuple[tuple[int, ...], TextStream, str]:
+    """As `_shown_tokens`, of a text that other tokens wrote: all of it was shown."""
+    try:
+        shown = request.forced_text.decode()
+    except UnicodeDecodeError as error:
+        raise _Disagree("the text of the earlier attempt is not UTF-8") from error
+    forced = model.respell(shown)
+    if forced is None:
+        raise _Disagree("this model has no tokens that spell the text of the earlier attempt")
+    return tuple(forced), TextStream(model.token_bytes, request.job.stop, shown), ""
 
 
 class _Refused(Exception):

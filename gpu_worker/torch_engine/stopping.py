@@ -7,27 +7,39 @@ from collections.abc import Sequence
 
 
 class StopScanner:
-    def __init__(self, stops: Sequence[str]) -> None:
+    """shown: by an earlier attempt, which held nothing back. Its end may be the beginning of a stop string, which ends
+    the answer as soon as it is whole; what was shown stays shown.
+    """
+
+    def __init__(self, stops: Sequence[str], shown: str = "") -> None:
         self.stops = tuple(stop for stop in stops if stop)
-        self.held = ""  # seen, not shown: a proper prefix of some stop string
         self.stopped = False  # a stop string was seen; nothing is shown after it
+        self._tail = ""  # seen, a proper prefix of some stop string
+        self._shown = len(shown)  # characters at the beginning of the tail that were shown all the same
+        self.feed(shown)
+
+    @property
+    def held(self) -> str:
+        """Seen, not shown."""
+        return self._tail[self._shown :]
 
     def feed(self, text: str) -> str:
         """What may be shown now. After a stop string: everything before its first occurrence, and nothing more."""
         if self.stopped or not self.stops:
             return "" if self.stopped else text
-        seen = self.held + text
+        seen = self._tail + text
         places = [at for stop in self.stops if (at := seen.find(stop)) >= 0]
         if places:
-            self.stopped, self.held = True, ""
-            return seen[: min(places)]
-        keep = self._unsure_tail(seen)
-        self.held = seen[len(seen) - keep :]
-        return seen[: len(seen) - keep]
+            self.stopped, self._tail = True, ""
+            return seen[self._shown : min(places)]
+        free = len(seen) - self._unsure_tail(seen)
+        let_out = seen[self._shown : free]
+        self._tail, self._shown = seen[free:], max(0, self._shown - free)
+        return let_out
 
     def finish(self) -> str:
         """The answer ended without a stop string: the held tail is text after all."""
-        rest, self.held = self.held, ""
+        rest, self._tail, self._shown = self.held, "", 0
         return rest
 
     def _unsure_tail(self, seen: str) -> int:

@@ -11,6 +11,7 @@ from gpu_worker.engine import EngineStartError
 from gpu_worker.torch_engine import tokenizing
 from gpu_worker.torch_engine.chat_template import ChatTemplate, TemplateError
 from gpu_worker.torch_engine.detokenizer import byte_fallback_bytes, byte_level_bytes
+from gpu_worker.torch_engine.respelling import respell
 from gpu_worker.torch_engine.sampling import parse_defaults
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
@@ -29,6 +30,7 @@ class TextModel:
         self.vocabulary = int(config.get("vocab_size", 0))  # rows of the embedding; ids at or above have none
         self.template = _template(directory, tokenizer_config)
         self.token_bytes = _token_bytes(self.tokenizer, self.eos)
+        self._spellable = self.token_bytes[: self.vocabulary]
 
     def render(self, messages: tuple[Message, ...]) -> str:
         """Raises TemplateError."""
@@ -39,6 +41,10 @@ class TextModel:
     def encode(self, text: str, *, special: bool) -> list[int]:
         """special: add the tokens that the tokenizer's own post-processor puts around a text, such as a leading BOS."""
         return tokenizing.encode(self.tokenizer, text, special=special)
+
+    def respell(self, shown: str) -> list[int] | None:
+        """Tokens whose text is exactly this, as it stands behind a prompt; None if this model has none."""
+        return respell(shown, lambda text: self.encode(text, special=False), self._spellable)
 
     def too_many(self, text: str, tokens_max: int) -> int | None:
         """How many tokens a text has at least that surely does not fit, as far as its beginning shows that."""

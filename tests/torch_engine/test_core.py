@@ -169,6 +169,16 @@ def test_a_forced_text_is_tokenised_again_and_carries_no_token_ids(engine: Assem
     assert end_of(outcome).new_tokens == 20
 
 
+def test_a_stop_string_that_begins_in_a_forced_text_stops_the_answer(engine: Assembled) -> None:
+    """A relay's server may show the beginning of a stop string before it knows."""
+    ending = tiny_tokenizer().encode("D").ids[0]
+    sampling = Sampling(temperature=0.0, logit_bias=((ending, 100.0),))
+
+    outcome = run(engine, [request("a", "hi", shown=b"the EN", stop=("END",), sampling=sampling)])["a"]
+
+    assert (outcome.text, end_of(outcome).reason) == (b"the EN", "stop")
+
+
 def test_tokens_that_do_not_spell_the_shown_text_end_interrupted(engine: Assembled) -> None:
     end = end_of(run(engine, [request("a", "hello", forced=[5, 6], shown=b"something else")])["a"])
 
