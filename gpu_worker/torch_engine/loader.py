@@ -25,6 +25,7 @@ AnyWeight = TypeVar("AnyWeight", Tensor, Quantized)
 Read = TypeVar("Read")
 Made = TypeVar("Made", bound=HeldMatrix, covariant=True)
 Progress = Callable[[float], None]  # 0..1
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 HALVES = {torch.float16}
 SAMPLE_BYTES = 4096
@@ -148,18 +149,21 @@ def _checked(name: str, weight: AnyWeight) -> AnyWeight:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """What an index names; else model.safetensors, which other forms of the same weights may lie beside; else all.
+    """model.safetensors, which other forms of the same weights, and the index of an earlier save, may lie beside; else
+    what an index names; else all. The order of transformers.
 
     Raises EngineStartError if there are none.
     """
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if single.exists():
+        return [single]
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise EngineStartError(f"{index}: cannot be read as an index of weights: {error}") from error
         return [directory / name for name in names]
-    files = [single] if single.exists() else sorted(directory.glob("*.safetensors"))
+    files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise EngineStartError(
             f"{directory}: no *.safetensors; run `make run`, or set MILLRACE_MODEL_PATH to a model directory"
@@ -186,19 +190,20 @@ def load_weights(
 
 
 def _embedding(source: TensorSource, config: ModelConfig) -> Weight:
-    return source.take_matrix("model.embed_tokens.weight", config.vocabulary, config.hidden)
+    """A tied one may be stored under the name of the head alone: `save_model` keeps one name of what is shared."""
+    name = HEAD if config.tied_head and not source.has(EMBEDDING) and source.has(HEAD) else EMBEDDING
+    return source.take_matrix(name, config.vocabulary, config.hidden)
 
 
 def _head(source: TensorSource, config: ModelConfig, embedding: Weight | None, dtype: torch.dtype) -> Weight:
     """A tied head may be stored a second time; if that one differs, the config is wrong about one of them."""
-    name = "lm_head.weight"
     if not config.tied_head:
-        return source.take_matrix(name, config.vocabulary, config.hidden)
+        return source.take_matrix(HEAD, config.vocabulary, config.hidden)
     tied = _embedding(source, config) if embedding is None else embedding
-    if source.has(name):
-        own = source.take_matrix(name, config.vocabulary, config.hidden)
+    if source.has(HEAD) and source.has(EMBEDDING):
+        own = source.take_matrix(HEAD, config.vocabulary, config.hidden)
         if not same(own, tied, dtype):
-            raise EngineStartError(f"{name} differs from the embedding, which config.json says it is tied to")
+            raise EngineStartError(f"{HEAD} differs from the embedding, which config.json says it is tied to")
     return tied
 
 
@@ -251,7 +256,7 @@ def _belongs_elsewhere(name: str, config: ModelConfig, layers: range) -> bool:
         return True
     if parts[:2] == ["model", "layers"] and parts[2].isdigit() and int(parts[2]) < config.layers:
         return int(parts[2]) not in layers
-    outer = ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight")
+    outer = (HEAD, EMBEDDING, "model.norm.weight")
     return name.startswith(outer) and len(layers) < config.layers
 
 

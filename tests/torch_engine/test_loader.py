@@ -56,6 +56,25 @@ def test_a_tied_head_may_be_stored_a_second_time(tmp_path: Path) -> None:
     tiny_engine(directory)
 
 
+def test_what_is_tied_may_be_stored_as_the_head_alone(tmp_path: Path) -> None:
+    """safetensors' `save_model` keeps one of the names of a shared tensor: the first in the alphabet."""
+    usual = tiny_model(tmp_path / "usual", tie_word_embeddings=True)
+    as_head = tiny_model(tmp_path / "head", tie_word_embeddings=True)
+    embedding = load_file(as_head / "model.safetensors")["model.embed_tokens.weight"]
+    rewrite(as_head, **{"model.embed_tokens.weight": None, "lm_head.weight": embedding})
+
+    found = run(tiny_engine(as_head), [request("a", "hello")])["a"].tokens
+
+    assert found == run(tiny_engine(usual), [request("a", "hello")])["a"].tokens
+
+
+def test_what_is_not_tied_is_stored_twice(tmp_path: Path) -> None:
+    rewrite(tiny_model(tmp_path), **{"model.embed_tokens.weight": None})
+
+    with pytest.raises(EngineStartError, match=r"lacks tensor model\.embed_tokens\.weight"):
+        tiny_engine(tmp_path)
+
+
 def test_a_tied_head_that_is_stored_otherwise_is_refused(tmp_path: Path) -> None:
     """Either the config is wrong or the file; both guesses would answer, one of them badly."""
     directory = tiny_model(tmp_path, tie_word_embeddings=True)
@@ -194,10 +213,21 @@ def test_a_shard_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
 def test_an_index_that_is_none_is_named(tmp_path: Path, text: str) -> None:
-    (tiny_model(tmp_path) / "model.safetensors.index.json").write_text(text)
+    (tiny_model(tmp_path) / "model.safetensors").rename(tmp_path / "one.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(text)
 
     with pytest.raises(EngineStartError, match=r"model\.safetensors\.index\.json"):
         tiny_engine(tmp_path)
+
+
+def test_the_index_of_an_earlier_save_may_lie_beside_a_whole_file(tmp_path: Path, model_dir: Path) -> None:
+    """`save_pretrained` into the same directory removes the old shards, not their index."""
+    index = {"weight_map": {LAYER: "model-00001-of-00002.safetensors"}}
+    (tiny_model(tmp_path) / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    found = run(tiny_engine(tmp_path), [request("a", "hello")])["a"].tokens
+
+    assert found == run(tiny_engine(model_dir), [request("a", "hello")])["a"].tokens
 
 
 def test_other_forms_of_the_weights_may_lie_beside(tmp_path: Path, model_dir: Path) -> None:
