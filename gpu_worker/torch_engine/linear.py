@@ -18,6 +18,7 @@ two: one converted from GGUF, or nearly any that was bfloat16. It reads half the
 tiles of `TILE_ROWS`, so that the shape is always the same one, and only the speed suffers.
 """
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable
@@ -65,6 +66,14 @@ def pad_rows(x: Tensor, multiple: int) -> Tensor:
     return functional.pad(x, (0, 0, 0, missing)) if missing else x
 
 
+@dataclasses.dataclass(frozen=True)
+class Missing:
+    """A way to multiply that this machine, or this build of torch, does not have."""
+
+    kind: str
+    reason: str
+
+
 class LinearFactory:
     """Chooses a way once per weight shape, by probing, and says so in the log."""
 
@@ -73,6 +82,7 @@ class LinearFactory:
         self.dtype = dtype
         self.exact = dtype == torch.float32 and device.type == "cpu"
         self._row_multiples: dict[tuple[str, int, int], int | None] = {}
+        self._missing: set[Missing] = set()  # that the log has: a model has a hundred matrices
 
     def build(self, *parts: Weight, bias: Tensor | None = None, gated: bool = False) -> Linear:
         """See loader.MatrixFactory. The packed forms keep no reference to the parts; gates lie before the rest."""
@@ -86,12 +96,19 @@ class LinearFactory:
     def _choose(self, weight: Tensor, bias: Tensor | None, *, of_file: bool) -> tuple[str, RowOp]:
         """of_file: it may be a view of the file, which must not stay open."""
         if self.device.type == "cpu":
-            half = _half(weight, bias) if self.exact else None
-            found = half or _packed(weight, bias)
-            if found is not None:
-                return found
+            for way in (_half, _packed) if self.exact else (_packed,):
+                found = way(weight, bias)
+                if isinstance(found, Missing):
+                    self._say_once(found)
+                elif found is not None:
+                    return found
             weight = weight.clone() if of_file else weight
         return "plain", _plain(weight, bias)
+
+    def _say_once(self, missing: Missing) -> None:
+        if missing not in self._missing:
+            self._missing.add(missing)
+            log.info("a matrix product is not available", extra={"kind": missing.kind, "reason": missing.reason})
 
     def _row_multiple(self, kind: str, multiply: RowOp, weight: Tensor) -> int | None:
         if not self.exact:
@@ -135,8 +152,8 @@ def _fits(scaled: Tensor) -> bool:
     return torch.equal(scaled.half().float(), scaled)
 
 
-def _half(weight: Tensor, bias: Tensor | None) -> tuple[str, RowOp] | None:
-    """FBGEMM with the weight in float16. None where it would lose a bit, or this build or machine cannot."""
+def _half(weight: Tensor, bias: Tensor | None) -> tuple[str, RowOp] | Missing | None:
+    """FBGEMM with the weight in float16. None where that would lose a bit."""
     exponent = half_exponent(weight)
     if exponent is None:
         return None
@@ -153,12 +170,11 @@ def _half(weight: Tensor, bias: Tensor | None) -> tuple[str, RowOp] | None:
         multiply(torch.zeros(1, weight.shape[1]))
         return "half", multiply
     except (RuntimeError, AttributeError, NotImplementedError) as error:  # x86 builds with FBGEMM only
-        log.info("half product not available", extra={"reason": str(error).splitlines()[0]})
-        return None
+        return Missing("half", str(error).splitlines()[0])
 
 
-def _packed(weight: Tensor, bias: Tensor | None) -> tuple[str, RowOp] | None:
-    """oneDNN with the weight in its own blocked layout. None where this build or machine cannot."""
+def _packed(weight: Tensor, bias: Tensor | None) -> tuple[str, RowOp] | Missing:
+    """oneDNN with the weight in its own blocked layout."""
     try:
         blocked = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
         pointwise = torch.ops.mkldnn._linear_pointwise
@@ -170,5 +186,4 @@ def _packed(weight: Tensor, bias: Tensor | None) -> tuple[str, RowOp] | None:
         multiply(torch.zeros(1, weight.shape[1], dtype=weight.dtype))
         return "packed", multiply
     except (RuntimeError, AttributeError, NotImplementedError) as error:  # private ops: any build may lack them
-        log.info("packed product not available", extra={"reason": str(error).splitlines()[0]})
-        return None
+        return Missing("packed", str(error).splitlines()[0])

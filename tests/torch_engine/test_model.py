@@ -232,6 +232,25 @@ def test_a_product_keeps_no_view_of_what_it_was_made_of() -> None:
         assert product(x).eq(32).all()
 
 
+def test_a_product_that_is_not_there_is_said_once_a_reason(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model has a hundred matrices: on a processor that a library refuses each would be a line of the log."""
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("this processor cannot\nand more")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)
+    caplog.set_level("INFO")
+    factory = LinearFactory(device=CPU, dtype=torch.bfloat16)
+
+    kinds = [factory.build(torch.ones(32, 32 * width, dtype=torch.bfloat16)).kind for width in (1, 2, 2)]
+
+    said = [vars(one) for one in caplog.records if "not available" in one.msg]
+    assert kinds == ["plain"] * 3
+    assert [(one["kind"], one["reason"]) for one in said] == [("packed", "this processor cannot")]
+
+
 def test_attention_pads_rows_to_what_the_probe_finds() -> None:
     assert probe_attention(16) in MULTIPLES
     assert KV_TILE % BLOCK_TOKENS == 0
