@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from bus.ids import is_model_name
+
 EngineKind = Literal["torch", "relay", "echo"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -104,12 +106,12 @@ class Settings:
     engine: EngineKind = _setting("torch", WORKER, "engine of a worker: `torch`, `relay` or `echo`")
     node_id: str = _setting("", WORKER, "name of the worker's node; empty: host name, engine and a number")
     model: str = _setting("smollm2-135m-instruct", WORKER, "model to serve, and the one that requests without a model get")
-    model_path: str = _setting("", WORKER, "GGUF file or Hugging Face directory; empty: the fetched default model")
+    model_path: str = _setting("", WORKER, "GGUF file, Hugging Face directory or hub id (`owner/name`); empty: the fetched default model")
     capacity: int = _setting(8, WORKER, "sequences that a worker decodes at once", least=1)
     threads: int | None = _setting(None, WORKER, "CPU threads of a step; empty: all cores, all but one on machines of more than 4", least=1)
     dtype: Dtype = _setting("auto", WORKER, "weights: `float32`, `bfloat16`, or `auto`: bfloat16 on a GPU, float32 on a CPU")
     kernels: Kernels = _setting("auto", WORKER, "on a CPU: `compiled` ones, `torch`'s operations, or `auto`: compiled where the machine and the model allow")
-    kv_tokens: int | None = _setting(None, WORKER, "tokens that the KV cache holds; empty: by model, capacity and memory", least=64)
+    kv_tokens: int | None = _setting(None, WORKER, "tokens that the KV cache holds, 45 KiB each with the default model on a CPU; empty: one whole context, or 1,024 for each of `MILLRACE_CAPACITY` if that is more, as far as memory allows", least=64)
     prefill_chunk: int = _setting(512, WORKER, "most prompt tokens processed in one step, so that running answers go on", least=1)
     speculate: int = _setting(0, WORKER, "tokens guessed at once from what was said before (prompt lookup) and verified by the model; 0: none; 8 suits edits, quotes and code", least=0)
     flush_ms: int = _setting(30, WORKER, "how often tokens are published; the first goes at once", least=1)
@@ -235,3 +237,5 @@ def _check_together(s: Settings) -> None:
     for name, port in (("GATEWAY_PORT", s.gateway_port), ("GATEWAY2_PORT", s.gateway2_port)):
         if port > 65_535:
             raise SettingsError(f"MILLRACE_{name}={port} is no port: 1 to 65535")
+    if not is_model_name(s.model):  # it is part of keys and of every beat, and no request could name it
+        raise SettingsError(f"MILLRACE_MODEL={s.model!r} is no model name: 1 to 128 of A-Z a-z 0-9 _./@+:- and not :parts at its end")

@@ -1,9 +1,11 @@
 """Which form of the model runs on this machine: chosen once at start, by what is there and probed."""
 
+import contextlib
 import dataclasses
 import logging
 import platform
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any, Generic, cast
 
@@ -26,6 +28,8 @@ from gpu_worker.torch_engine.tiles import TileAttention
 
 log = logging.getLogger(__name__)
 
+THREADS_PER_CORE_MAX = 4  # more than one only share its time; thousands take the start a minute, or cannot be made
+
 
 @dataclasses.dataclass(frozen=True)
 class Backend(Generic[Matrix]):
@@ -40,7 +44,13 @@ class Backend(Generic[Matrix]):
 def choose_backend(
     shape: ModelConfig, config: TorchEngineConfig, *, cores: int, device: torch.device, dtype: torch.dtype
 ) -> Backend[Any]:
-    """cores: that this process may use. Raises EngineStartError if kernels were asked for that cannot be used."""
+    """cores: that this process may use. Raises EngineStartError if kernels were asked for that cannot be used, or
+    threads without end."""
+    if config.threads is not None and config.threads > THREADS_PER_CORE_MAX * cores:
+        raise EngineStartError(
+            f"MILLRACE_THREADS={config.threads} is more than {THREADS_PER_CORE_MAX} a core, and this process may use"
+            f" {cores}: set it to {cores} at most, or leave it empty"
+        )
     threads = config.threads or torch_threads(cores)
     if device.type == "cuda":
         found = probe_paged(shape, device, dtype)
@@ -91,16 +101,26 @@ def why_not_compiling() -> str | None:
 
 def compiled_backend(shape: ModelConfig, *, threads: int) -> Backend[Any]:
     def build(weights: ModelWeights[PackedWeight], blocks: int, context: int) -> Model:
-        try:
+        with kv_memory(shape, blocks * CompiledDecoder.block_tokens, torch.float32):
             return CompiledDecoder(shape, weights, blocks=blocks, context=context, threads=threads)
-        except OSError as error:
-            tokens = blocks * CompiledDecoder.block_tokens
-            raise EngineStartError(
-                f"no memory for the keys and values of {tokens} tokens ({error}): set MILLRACE_KV_TOKENS lower"
-            ) from error
 
     # What is left to torch is small: threads of its own would only wait for each other, and for the kernels'.
     return Backend(CompiledDecoder.block_tokens, 0, threads, 1, PackedFactory(), build)
+
+
+@contextlib.contextmanager
+def kv_memory(shape: ModelConfig, tokens: int, dtype: torch.dtype) -> Iterator[None]:
+    """Around whatever takes memory for so many tokens, and for what lies beside them. Raises EngineStartError."""
+    size = tokens * shape.kv_values_per_token * dtype.itemsize
+    try:
+        if size > sys.maxsize:  # allocators say this each in its own way
+            raise MemoryError("no address is that large")
+        yield
+    except (MemoryError, OSError, torch.OutOfMemoryError) as error:
+        raise EngineStartError(
+            f"no memory for the keys and values of {tokens} tokens, {size / 2**30:.1f} GiB"
+            f" ({str(error).splitlines()[0]}): set MILLRACE_KV_TOKENS lower"
+        ) from error
 
 
 def probe_paged(shape: ModelConfig, device: torch.device, dtype: torch.dtype) -> Probed | str:
@@ -136,9 +156,10 @@ def tile_backend(shape: ModelConfig, *, threads: int, device: torch.device, dtyp
 
     def build(weights: ModelWeights[Linear], blocks: int, context: int) -> Model:
         layers = range(len(weights.layers))
-        attention = TileAttention(
-            shape, layers, blocks, context=context, exact=factory.exact, device=device, dtype=dtype
-        )
+        with kv_memory(shape, blocks * TileAttention.block_tokens, dtype):
+            attention = TileAttention(
+                shape, layers, blocks, context=context, exact=factory.exact, device=device, dtype=dtype
+            )
         return Decoder(shape, weights, attention, dtype=dtype)
 
     return Backend(TileAttention.block_tokens, 0, threads, threads, factory, build)
@@ -150,18 +171,19 @@ def paged_backend(
     ops = choose_ops(device, dtype)
 
     def build(weights: ModelWeights[Linear], blocks: int, context: int) -> Model:
-        attention = PagedAttention(
-            shape,
-            range(len(weights.layers)),
-            blocks,
-            context=context,
-            varlen=flash_varlen(),
-            decode_splits=probed.decode_splits,
-            ops=ops,
-            device=device,
-            dtype=dtype,
-        )
-        decoder = Decoder(shape, weights, attention, dtype=dtype, ops=ops)
-        return GraphDecoder(decoder, attention, capacity=capacity, context=context, capture=cuda_capture())
+        with kv_memory(shape, blocks * PagedAttention.block_tokens, dtype):
+            attention = PagedAttention(
+                shape,
+                range(len(weights.layers)),
+                blocks,
+                context=context,
+                varlen=flash_varlen(),
+                decode_splits=probed.decode_splits,
+                ops=ops,
+                device=device,
+                dtype=dtype,
+            )
+            decoder = Decoder(shape, weights, attention, dtype=dtype, ops=ops)
+            return GraphDecoder(decoder, attention, capacity=capacity, context=context, capture=cuda_capture())
 
     return Backend(PagedAttention.block_tokens, 1, threads, threads, LinearFactory(device=device, dtype=dtype), build)

@@ -49,7 +49,8 @@ class KVCache:
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    if device.type == "cpu" and dtype == torch.float32:
-        # calloc: pages are zero and cost no memory before they are written, so a large pool is free until used
-        return torch.from_numpy(numpy.zeros(shape, dtype=numpy.float32))
-    return torch.zeros(shape, device=device, dtype=dtype)
+    if device.type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    # calloc: pages are zero and cost no memory before they are written, so a large pool is free until used
+    raw = numpy.zeros((*shape[:-1], shape[-1] * dtype.itemsize), dtype=numpy.uint8)  # NumPy knows no bfloat16
+    return torch.from_numpy(raw).view(dtype)

@@ -40,6 +40,10 @@ def test_other_programs_variables_are_none_of_our_business() -> None:
         ({"MILLRACE_OPEN_CHAT": "maybe"}, "MILLRACE_OPEN_CHAT='maybe' is neither `on` nor `off`"),
         ({"MILLRACE_ENGINE": "vllm"}, "MILLRACE_ENGINE='vllm' is not one of torch, relay, echo"),
         ({"MILLRACE_GATEWAY_PORT": "70000"}, "MILLRACE_GATEWAY_PORT=70000 is no port: 1 to 65535"),
+        (
+            {"MILLRACE_MODEL": "my model"},
+            "MILLRACE_MODEL='my model' is no model name: 1 to 128 of A-Z a-z 0-9 _./@+:- and not :parts at its end",
+        ),
         ({"MILLRACE_RENEW_MS": "4000"}, "MILLRACE_RENEW_MS=4000 is over a third of MILLRACE_LEASE_MS=10000: lower it"),
         (
             {"MILLRACE_BEAT_MS": "20000"},

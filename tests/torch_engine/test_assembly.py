@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpu_worker.engine import EngineStartError
 from gpu_worker.torch_engine.assembly import (
     assemble_for_good,
     available_bytes,
@@ -14,10 +15,15 @@ from gpu_worker.torch_engine.assembly import (
     machine_memory,
     usable_cores,
 )
-from gpu_worker.torch_engine.backends import kernel_threads, torch_threads
+from gpu_worker.torch_engine.backends import choose_backend, kernel_threads, kv_memory, torch_threads, why_not_compiled
 from gpu_worker.torch_engine.config import TorchEngineConfig
+from gpu_worker.torch_engine.loader import load_weights
+from gpu_worker.torch_engine.model_config import parse_config
+from gpu_worker.torch_engine.text_model import read_json
 from tests.torch_engine.test_cgroups import v2, write
-from tests.torch_engine.tiny import tiny_model
+from tests.torch_engine.tiny import engine_config, tiny_model
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -61,6 +67,44 @@ def test_memory_that_only_caches_files_counts_as_free() -> None:
     assert available_bytes(meminfo) == 18_000 * 1024
     with pytest.raises(ValueError, match="MemAvailable"):
         available_bytes("MemFree:  300 kB\n")
+
+
+@pytest.mark.parametrize("tokens", [10**13, 10**18])
+@pytest.mark.parametrize(
+    ("kernels", "dtype"), [("compiled", torch.float32), ("torch", torch.float32), ("torch", torch.bfloat16)]
+)
+def test_keys_and_values_that_fit_nowhere_are_refused_with_what_to_do(
+    tmp_path: Path, kernels: str, tokens: int, dtype: torch.dtype
+) -> None:
+    """Not a traceback at each start: the sentence names the setting, whatever way the memory was asked for."""
+    config = engine_config(tiny_model(tmp_path), kernels=kernels)
+    shape = parse_config(read_json(tmp_path / "config.json"))
+    if kernels == "compiled" and why_not_compiled(shape, dtype):
+        pytest.skip("this machine cannot run the kernels")
+    backend = choose_backend(shape, config, cores=1, device=CPU, dtype=dtype)
+    weights = load_weights(tmp_path, shape, range(shape.layers), backend.factory, lambda fraction: None)
+
+    with pytest.raises(EngineStartError, match=r"tokens, \d+\.\d GiB \(.+\): set MILLRACE_KV_TOKENS lower$"):
+        backend.build(weights, tokens // backend.block_tokens, shape.context)
+
+
+def test_what_a_gpu_cannot_hold_beside_keys_and_values_is_said_alike(tmp_path: Path) -> None:
+    """Its pool, or the graphs that are recorded after it."""
+    shape = parse_config(read_json(tiny_model(tmp_path) / "config.json"))
+
+    with pytest.raises(
+        EngineStartError, match=r"of 1024 tokens, .*CUDA out of memory\. .*: set MILLRACE_KV_TOKENS lower"
+    ):
+        with kv_memory(shape, 1024, torch.bfloat16):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAnd more")
+
+
+def test_threads_without_end_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    """A hundred thousand would be made for a while, and then fail."""
+    shape = parse_config(read_json(tiny_model(tmp_path) / "config.json"))
+
+    with pytest.raises(EngineStartError, match=r"MILLRACE_THREADS=9 is more than 4 a core, .* may use 2: set it to 2"):
+        choose_backend(shape, engine_config(tmp_path, threads=9), cores=2, device=CPU, dtype=torch.float32)
 
 
 def test_what_is_loaded_for_good_is_not_looked_through_for_garbage(tmp_path: Path) -> None:
