@@ -4,16 +4,22 @@ Two rules change their numbers with the length of the sequence: `dynamic` beyond
 it. Keys that lie in a cache were turned by the numbers of their time, so a sequence that crosses that length would mix
 two of them. Such models are served up to it, where their numbers are the same for every sequence, and exact.
 
+YaRN's `attn_factor` is in published configs (DeepSeek-R1-0528-Qwen3-8B: just what undoes YaRN's own factor), and
+multiplies that in the paper's code. transformers leaves it out, by now vLLM too, and so do we, with a line in the log.
+
 Sources: linear (kaiokendev), dynamic (bloc97 and emozilla), YaRN (Peng et al., 2023), LongRoPE (Ding et al., 2024) and
 Llama 3.1's own; each held to transformers' numbers by test_transformers.py.
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from gpu_worker.engine import EngineStartError
+
+log = logging.getLogger(__name__)
 
 Fields = Mapping[str, Any]
 
@@ -36,6 +42,9 @@ def parse_rope(raw: Fields, head_dim: int) -> Rope:
         raise EngineStartError(f"config.json: rope type {kind!r} is not supported; supported: {', '.join(RULES)}")
     rule, known = RULES[kind]
     unknown = sorted(name for name in fields.keys() - known - COMMON if fields[name] is not None)
+    if kind == "yarn" and "attn_factor" in unknown:
+        unknown.remove("attn_factor")
+        log.warning("config.json: RoPE's attn_factor is left out, as transformers does; attention_factor would count")
     if unknown:
         raise EngineStartError(f"config.json: rope type {kind!r} with {unknown[0]} is not supported")
     if fields.get("partial_rotary_factor") not in (None, 1, 1.0):

@@ -48,6 +48,12 @@ def test_yarn_reaches_as_far_as_it_stretches() -> None:
     assert parsed(rope_scaling=YARN, max_position_embeddings=8192).context == 8192
 
 
+def test_an_attn_factor_is_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Published with YaRN; transformers warns of it and goes on. What it does heed is called attention_factor."""
+    assert parsed(rope_scaling=YARN | {"attn_factor": 0.88}) == parsed(rope_scaling=YARN)
+    assert [record for record in caplog.records if "attn_factor is left out" in record.message]
+
+
 def test_dynamic_scaling_ends_where_it_would_begin() -> None:
     """Beyond the trained length its numbers change with every token, and cached keys would not."""
     config = parsed(rope_scaling={"rope_type": "dynamic", "factor": 4.0})
@@ -94,6 +100,7 @@ def test_the_context_ends_at_the_window_of_the_layers_that_have_one(changes: dic
         ({"rope_scaling": {"rope_type": "default", "mrope_section": [1, 2]}}, "'default' with mrope_section"),
         ({"rope_scaling": {"rope_type": "linear"}}, "'linear' lacks 'factor'"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 32}}, "'linear' with beta_fast"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "attn_factor": 0.9}}, "'linear' with attn_factor"),
         ({"rope_parameters": {"full_attention": {}, "sliding_attention": {}}}, "full_attention"),
         ({"rope_scaling": LONGROPE | {"short_factor": [1.0]}}, "need 8 numbers"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

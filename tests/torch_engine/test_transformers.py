@@ -86,6 +86,10 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         {"sliding_window": None, "rope_parameters": YARN | {"rope_theta": 1e4, "attention_factor": 1.3}},
     ),
     "qwen3": (Qwen3Config, {"head_dim": 24}),
+    "qwen3, yarn with what transformers leaves out": (  # DeepSeek-R1-0528-Qwen3-8B
+        Qwen3Config,
+        {"head_dim": 16, "rope_parameters": YARN | {"rope_theta": 1e6, "attn_factor": 0.8782488562869419}},
+    ),
     "qwen3, biased": (Qwen3Config, {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": True}),
 }
 
