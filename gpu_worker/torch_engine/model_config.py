@@ -36,6 +36,10 @@ FAMILIES = {
 WINDOW = 4096  # sliding_window if the config has none
 WINDOW_LAYERS = 28  # max_window_layers likewise
 
+COUNTS = (
+    *("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size"),
+    *("max_position_embeddings",),
+)
 USED = {
     *("architectures", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers"),
     *("intermediate_size", "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling"),
@@ -117,21 +121,22 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
 
 def _parse(raw: dict[str, Any], family: Family) -> ModelConfig:
     _check_fields(raw)
-    heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
-    kv_heads = int(raw.get("num_key_value_heads") or heads)
+    counts = {name: _count(name, raw[name]) for name in COUNTS}
+    heads, hidden = counts["num_attention_heads"], counts["hidden_size"]
+    kv_heads = _count("num_key_value_heads", raw.get("num_key_value_heads") or heads)
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads")
-    head_dim = int(raw.get("head_dim") or family.head_dim or hidden // heads)
+    head_dim = _count("head_dim", raw.get("head_dim") or family.head_dim or hidden // heads)
     rope = parse_rope(raw, head_dim)
     attention_bias = "attention_bias" in family.biases and bool(raw.get("attention_bias"))
     return ModelConfig(
-        layers=int(raw["num_hidden_layers"]),
+        layers=counts["num_hidden_layers"],
         hidden=hidden,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        intermediate=int(raw["intermediate_size"]),
-        vocabulary=int(raw["vocab_size"]),
+        intermediate=counts["intermediate_size"],
+        vocabulary=counts["vocab_size"],
         context=_context(raw, family, rope.context),
         norm_eps=float(raw["rms_norm_eps"]),
         rope=rope,
@@ -141,6 +146,16 @@ def _parse(raw: dict[str, Any], family: Family) -> ModelConfig:
         mlp_bias="mlp_bias" in family.biases and bool(raw.get("mlp_bias")),
         qk_norm=family.qk_norm,
     )
+
+
+def _count(name: str, value: Any) -> int:
+    try:
+        whole = int(value)
+    except (TypeError, ValueError, OverflowError):  # null, a text, infinity
+        whole = 0
+    if whole < 1 or (isinstance(value, float) and whole != value):
+        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+    return whole
 
 
 def _check_fields(raw: Mapping[str, Any]) -> None:
@@ -188,4 +203,4 @@ def _window(raw: Mapping[str, Any], family: Family) -> int | None:
         some_slide = int(raw.get("max_window_layers", WINDOW_LAYERS)) < int(raw["num_hidden_layers"])
         if kinds or not raw.get("use_sliding_window") or not some_slide:
             return None
-    return None if window is None else int(window)
+    return None if window is None else _count("sliding_window", window)
