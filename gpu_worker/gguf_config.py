@@ -1,29 +1,40 @@
-"""What a GGUF file says about its model, as the files of a Hugging Face directory say it. Pure.
+"""What a GGUF file says about its model, as the files of a Hugging Face directory say it. The metadata is checked.
 
 Strict: a field of the architecture that we do not know is refused by name, since it may change the numbers.
 """
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from gpu_worker.engine import EngineStartError
+from gpu_worker.gguf_vocabulary import Fields, to_ends
+from gpu_worker.torch_engine.sampling import parse_defaults
+
+log = logging.getLogger(__name__)
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-KNOWN = {
+COUNTS = {  # whole numbers above zero
     *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"),
     *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
-    *("attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.freq_base", "rope.dimension_count"),
-    *("rope.scale_linear", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_factor"),
-    *("rope.scaling.original_context_length", "rope.scaling.finetuned", "rope.scaling.yarn_ext_factor"),
-    *("rope.scaling.yarn_attn_factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
-    *("tensor_data_layout",),
+    *("rope.dimension_count",),
 }
+NUMBERS = {
+    *("attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.freq_base", "rope.scale_linear"),
+    *("rope.scaling.factor", "rope.scaling.attn_factor", "rope.scaling.original_context_length"),
+    *("rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor"),
+    *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
+}
+KNOWN = COUNTS | NUMBERS | {"rope.scaling.type", "rope.scaling.finetuned", "tensor_data_layout"}
 ROPE_FACTORS = "rope_freqs.weight"  # a tensor: how much each pair of dimensions is slowed down
-ENDS_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>")  # what llama.cpp stops at, whatever the fields say
-CONTROL = 3  # llama.cpp's token type
-
-Fields = Mapping[str, Any]
+SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}  # general.sampling.*: generation_config.json's name
 
 
 def to_config(metadata: Fields, tensors: set[str], rope_factors: Sequence[float] | None) -> dict[str, Any]:
@@ -35,12 +46,12 @@ def to_config(metadata: Fields, tensors: set[str], rope_factors: Sequence[float]
     unknown = sorted(name for name in fields.keys() - KNOWN if fields[name] not in (0, False, ""))
     if unknown:
         raise EngineStartError(f"the GGUF file has {kind}.{unknown[0]} = {fields[unknown[0]]}, which is not supported")
+    for name in sorted(fields.keys() & (COUNTS | NUMBERS)):
+        check_number(f"{kind}.{name}", fields[name], count=name in COUNTS)
 
     def value(name: str) -> Any:
         if name not in fields:
             raise EngineStartError(f"the GGUF file lacks {kind}.{name}")
-        if isinstance(fields[name], list):
-            raise EngineStartError(f"GGUF files whose {kind}.{name} differs by layer are not supported")
         return fields[name]
 
     heads, hidden = value("attention.head_count"), value("embedding_length")
@@ -69,6 +80,15 @@ def to_config(metadata: Fields, tensors: set[str], rope_factors: Sequence[float]
         "hidden_act": "silu",
         "eos_token_id": to_ends(metadata),
     }
+
+
+def check_number(name: str, value: Any, *, count: bool) -> None:
+    if isinstance(value, list):
+        raise EngineStartError(f"GGUF files whose {name} differs by layer are not supported")
+    if count and (type(value) is not int or value < 1):
+        raise EngineStartError(f"the GGUF file has {name} = {value}, which is no count; convert the model again")
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise EngineStartError(f"the GGUF file has {name} = {value}, which is no number; convert the model again")
 
 
 def to_rope_scaling(fields: Fields, rope_factors: Sequence[float] | None) -> dict[str, Any]:
@@ -127,17 +147,22 @@ def to_window(fields: Fields, kind: str) -> dict[str, Any]:
     return {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0}
 
 
-def to_ends(metadata: Fields) -> list[int]:
-    """Tokens that end an answer."""
-    named = ("eos_token_id", "eot_token_id", "eom_token_id")
-    ends = {metadata[f"tokenizer.ggml.{name}"] for name in named if f"tokenizer.ggml.{name}" in metadata}
-    kinds = metadata.get("tokenizer.ggml.token_type", ())
-    ends |= {
-        token
-        for token, (piece, kind) in enumerate(zip(metadata["tokenizer.ggml.tokens"], kinds, strict=False))
-        if kind == CONTROL and piece in ENDS_OF_TURN
-    }
-    return sorted(ends)
+def to_sampling(metadata: Fields) -> dict[str, Any]:
+    """How the file wants to be sampled where a request does not say (generation_config.json)."""
+    sampling = {}
+    for field in sorted(name for name in metadata if name.startswith("general.sampling.")):
+        value, name = metadata[field], SAMPLING.get(field.removeprefix("general.sampling."))
+        if isinstance(value, float):
+            value = float(f"{value:.7g}")  # 0.6 was rounded to float32, and is 0.6 again
+        try:
+            if name is not None:
+                parse_defaults({name: value})
+                sampling[name] = value
+            elif value:
+                log.warning("a sampling default of the GGUF file is not supported", extra={"field": field})
+        except EngineStartError as error:
+            log.warning("a sampling default of the GGUF file is ignored", extra={"field": field, "why": str(error)})
+    return sampling
 
 
 def to_tokenizer_config(metadata: Fields) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from safetensors.numpy import save_file
 
 from gpu_worker.engine import EngineStartError
 from gpu_worker.gguf_blocks import Array, Kind, keep_blocks
-from gpu_worker.gguf_config import ROPE_FACTORS, to_config, to_tokenizer_config
+from gpu_worker.gguf_config import ROPE_FACTORS, to_config, to_sampling, to_tokenizer_config
 from gpu_worker.gguf_parts import parts_of
 from gpu_worker.gguf_tokenizer import build_tokenizer
+from gpu_worker.gguf_vocabulary import check_vocabulary
 
 SHARD_BYTES = 2 << 30
 LAYER_NAMES = {
@@ -47,12 +48,22 @@ HALF_MAX = 65504.0  # float16 ends there
 
 
 def convert_gguf(source: Path, target: Path, generation: Mapping[str, Any], progress: Callable[[float], None]) -> None:
-    """Write `target` (an existing, empty directory). generation: sampling defaults, which GGUF does not carry.
+    """Write `target` (an existing, empty directory). generation: sampling defaults that win over the file's own.
 
-    Raises EngineStartError on an architecture, tensor or tokenizer that we do not know.
+    Raises EngineStartError on an architecture, tensor or tokenizer that we do not know, and on a malformed file.
     """
+    try:
+        _convert(source, target, generation, progress)
+    except (EngineStartError, OSError):  # the latter is about the disk
+        raise
+    except Exception as error:  # whatever libraries raise on what they are given: all of it comes from the file
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise EngineStartError(f"{source} is malformed ({cause}); get it again, or convert the model again") from error
+
+
+def _convert(source: Path, target: Path, generation: Mapping[str, Any], progress: Callable[[float], None]) -> None:
     readers = [read_gguf(path) for path in parts_of(source)]
-    metadata = {name: field.contents() for name, field in readers[0].fields.items()}
+    metadata = check_vocabulary({name: field.contents() for name, field in readers[0].fields.items()})
     if metadata.get("split.count", 1) not in (0, len(readers)):
         raise EngineStartError(f"{source} is one of {metadata['split.count']} files, and its name does not say so")
     tensors = [tensor for reader in readers for tensor in reader.tensors]
@@ -62,7 +73,8 @@ def convert_gguf(source: Path, target: Path, generation: Mapping[str, Any], prog
     factors = next((tensor.data.astype(float).tolist() for tensor in tensors if tensor.name == ROPE_FACTORS), None)
     config = to_config(metadata, names, factors)
     write_json(target / "config.json", config)
-    write_json(target / "generation_config.json", {"eos_token_id": config["eos_token_id"], **generation})
+    ends = {"eos_token_id": config["eos_token_id"]}
+    write_json(target / "generation_config.json", ends | to_sampling(metadata) | dict(generation))
     write_json(target / "tokenizer_config.json", to_tokenizer_config(metadata))
     build_tokenizer(metadata).save(str(target / "tokenizer.json"))
     weights = [tensor for tensor in tensors if tensor.name != ROPE_FACTORS]
@@ -71,9 +83,13 @@ def convert_gguf(source: Path, target: Path, generation: Mapping[str, Any], prog
 
 def read_gguf(path: Path) -> gguf.GGUFReader:
     try:
-        return gguf.GGUFReader(path)
-    except (ValueError, OSError, KeyError, IndexError) as error:  # what it raises on files that are none, or cut off
-        raise EngineStartError(f"{path}: cannot be read as GGUF: {error}") from error
+        reader = gguf.GGUFReader(path)
+    except Exception as error:  # it raises whatever numbers in a file that is none, or is cut off, lead it to
+        raise EngineStartError(f"{path}: cannot be read as GGUF: {error}; get it again") from error
+    if reader.byte_order == "S":
+        how = f"`gguf-convert-endian {path} little` rewrites it"
+        raise EngineStartError(f"{path} is a big-endian GGUF file, for other machines than this one: {how}")
+    return reader
 
 
 def convert_tensors(

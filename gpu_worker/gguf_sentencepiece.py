@@ -8,11 +8,11 @@ converters have it. Held to the sentencepiece library by test_gguf_tokenizer.py.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gguf import TokenType
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 from gpu_worker.engine import EngineStartError
 
-NORMAL, UNKNOWN, UNUSED, BYTE = 1, 2, 5, 6  # llama.cpp's token types; control and user-defined ones: gguf_tokenizer.py
 SPACE = "▁"
 
 
@@ -24,16 +24,17 @@ def build_sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
         raise EngineStartError("the GGUF file's tokenizer does not have one score and one type for each token")
     if metadata.get("tokenizer.ggml.precompiled_charsmap") or metadata.get("tokenizer.ggml.remove_extra_whitespaces"):
         raise EngineStartError("a GGUF tokenizer that normalises its text is not supported")
-    if sum(kind == BYTE for kind in kinds) != 256:
+    if sum(kind == TokenType.BYTE for kind in kinds) != 256:
         raise EngineStartError("the GGUF file's tokenizer lacks byte tokens")
-    odd = [piece for piece, kind in zip(pieces, kinds, strict=True) if kind == UNUSED and not piece.startswith("[PAD")]
+    unused = [piece for piece, kind in zip(pieces, kinds, strict=True) if kind == TokenType.UNUSED]
+    odd = [piece for piece in unused if not piece.startswith("[PAD")]
     if odd:
         raise EngineStartError(f"a GGUF tokenizer with unused pieces, such as {odd[0]!r}, cannot be rebuilt exactly")
-    mergeable = {piece: scores[token] for token, piece in enumerate(pieces) if kinds[token] == NORMAL}
-    unknown = next((piece for piece, kind in zip(pieces, kinds, strict=True) if kind == UNKNOWN), None)
+    mergeable = {piece: scores[token] for token, piece in enumerate(pieces) if kinds[token] == TokenType.NORMAL}
+    unknown = next((piece for piece, kind in zip(pieces, kinds, strict=True) if kind == TokenType.UNKNOWN), None)
     tokenizer = Tokenizer(
         models.BPE(
-            vocab={piece: token for token, piece in enumerate(pieces)},
+            vocab={piece: token for token, piece in enumerate(pieces) if kinds[token] != TokenType.UNUSED},
             merges=derive_merges(mergeable),
             unk_token=unknown,
             fuse_unk=True,

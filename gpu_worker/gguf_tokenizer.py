@@ -1,30 +1,41 @@
 """A GGUF file's tokenizer as a `tokenizers` tokenizer: byte-level BPE and SentencePiece, exact, or refused.
 
 For byte-level BPE GGUF stores vocabulary, merges and kinds of tokens, and names the splitting rule that goes before
-them. Those rules are the published tokenizer.json of each family. SentencePiece: gguf_sentencepiece.py.
+them. Those rules are the published tokenizer.json of each family. A file that names none, or `default`, is split as
+llama.cpp splits it, which is no family's way. SentencePiece: gguf_sentencepiece.py.
+
+Unused tokens (padding of the vocabulary) are left out: they have no text, and no text has them.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
+from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from gpu_worker.engine import EngineStartError
-from gpu_worker.gguf_sentencepiece import UNKNOWN, build_sentencepiece
+from gpu_worker.gguf_sentencepiece import build_sentencepiece
 
-CONTROL, USER_DEFINED = 3, 4  # llama.cpp's token types
+log = logging.getLogger(__name__)
 
 _LETTERS_DIGITS = (  # %s: how many digits stay together
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{%s}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_SAME_RULE = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2", "default": "gpt-2"}
+_DEFAULT_CUTS = (  # one after the other, each within what the last one left whole (llama.cpp, src/llama-vocab.cpp)
+    r"[\p{P}$+<=>^~|]+",
+    r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"\p{N}+",
+    r"[0-9]{3}",
+)
+_SAME_RULE = {"": "default", "llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
 
 
 def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
-    """metadata: the GGUF fields by name. Raises EngineStartError on a kind that we cannot rebuild exactly."""
+    """metadata: the GGUF fields by name, checked. Raises EngineStartError on a kind that we cannot rebuild exactly."""
     kind = metadata.get("tokenizer.ggml.model")
-    named = metadata.get("tokenizer.ggml.pre", "default")
+    named = metadata.get("tokenizer.ggml.pre", "")
     rule = _SAME_RULE.get(named, named)
     if kind == "gpt2":
         tokenizer = _byte_level(metadata, rule)
@@ -35,12 +46,12 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
             f"GGUF tokenizer kind {kind!r} cannot be rebuilt exactly; use the model's Hugging Face directory"
         )
     pieces, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    special = (CONTROL, UNKNOWN)
+    special = (TokenType.CONTROL, TokenType.UNKNOWN)
     tokenizer.add_tokens(
         [
             AddedToken(piece, special=kinds[token] in special, normalized=False)
             for token, piece in enumerate(pieces)
-            if kinds[token] in (*special, USER_DEFINED)
+            if kinds[token] in (*special, TokenType.USER_DEFINED)
         ]
     )
     _surround(tokenizer, metadata, bos=kind == "llama" or rule == "llama-bpe")
@@ -49,7 +60,8 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
 
 def _byte_level(metadata: Mapping[str, Any], rule: str) -> Tokenizer:
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    vocabulary = {piece: token for token, piece in enumerate(metadata["tokenizer.ggml.tokens"])}
+    pieces, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    vocabulary = {piece: token for token, piece in enumerate(pieces) if kinds[token] != TokenType.UNUSED}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule == "llama-bpe"))
     tokenizer.pre_tokenizer = _splitting(rule)
     tokenizer.decoder = decoders.ByteLevel()
@@ -80,6 +92,12 @@ def _splitting(rule: str) -> pre_tokenizers.PreTokenizer:
                     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
                 ]
             )
+        case "default":
+            log.warning(
+                "the GGUF file names no splitting rule: texts may be cut unlike those that the model learnt from"
+            )
+            cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _DEFAULT_CUTS]
+            return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
         case "gpt-2":
             return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         case "llama-bpe" | "qwen2":

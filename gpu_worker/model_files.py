@@ -35,7 +35,7 @@ from gpu_worker.gguf_parts import parts_of
 log = logging.getLogger(__name__)
 
 CHUNK = 1 << 20
-CONVERTER = 3  # grows when the converted form changes; older directories are converted again
+CONVERTER = 4  # grows when the converted form changes; older directories are converted again
 DOWNLOAD_LIMIT_S = 1800
 DONE = "converted.json"  # written last; a directory without it is not used
 SCRATCH = (".convert-", ".fetch-")  # how directories begin that hold what is being made

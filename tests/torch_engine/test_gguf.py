@@ -11,10 +11,12 @@ import torch
 
 from bus.settings import Settings
 from gpu_worker.engine import EngineStartError
-from gpu_worker.gguf_config import ENDS_OF_TURN, to_ends
+from gpu_worker.gguf_config import to_sampling
 from gpu_worker.gguf_convert import to_values
 from gpu_worker.model_files import resolve_model
 from gpu_worker.torch_engine.model_config import parse_config
+from gpu_worker.torch_engine.sampling import SamplingDefaults
+from gpu_worker.torch_engine.text_model import TextModel
 from tests.torch_engine.test_model import chunked_logits
 from tests.torch_engine.tiny import CONFIG, request, run, tiny_engine, tiny_model
 from tests.torch_engine.tiny_gguf import write_gguf
@@ -185,15 +187,62 @@ def test_every_block_type_is_dequantised_or_refused_by_name(kind: gguf.GGMLQuant
         assert to_values(tensor).shape == (3, block)
 
 
-def test_a_turn_ends_where_llama_cpp_ends_it() -> None:
-    """Files of Llama 3 name only the end of a text; a chat ends with the end of a turn."""
-    metadata = {
-        "tokenizer.ggml.tokens": ["<|end_of_text|>", *ENDS_OF_TURN, "x"],
-        "tokenizer.ggml.token_type": [3, 3, 3, 1, 1],
-        "tokenizer.ggml.eos_token_id": 0,
-    }
+SAMPLING = {
+    "general.sampling.temp": 0.6000000238418579,  # as float32 has 0.6
+    "general.sampling.top_k": 20,
+    "general.sampling.top_p": 0.949999988079071,
+    "general.sampling.min_p": 0.05,
+    "general.sampling.penalty_repeat": 1.05,
+}
 
-    assert to_ends(metadata) == [0, 1, 2]
+
+def test_a_file_says_how_it_wants_to_be_sampled(tmp_path: Path) -> None:
+    """Converters take it from the generation_config.json that they find; numbers are those that stood there."""
+    _, found = in_both_forms(tmp_path, {}, fields=SAMPLING)
+
+    defaults = TextModel(found).defaults
+    assert defaults == SamplingDefaults(temperature=0.6, top_k=20, top_p=0.95, min_p=0.05, repetition_penalty=1.05)
+
+
+def test_a_sampling_default_that_cannot_be_heeded_is_said_and_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    odd = {"general.sampling.top_p": 7.0, "general.sampling.mirostat": 2, "general.sampling.xtc_threshold": 0.0}
+
+    assert to_sampling(SAMPLING | odd).keys() == {"temperature", "top_k", "min_p", "repetition_penalty"}
+    assert [record.__dict__["field"] for record in caplog.records] == [
+        "general.sampling.mirostat",
+        "general.sampling.top_p",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"tokenizer.ggml.merges": ["never seen"]}, "is malformed .*never"),
+        ({"tokenizer.ggml.token_type": [3]}, "token_type"),
+        ({"llama.attention.head_count": 0}, "llama.attention.head_count = 0"),
+        ({"llama.embedding_length": 64.0}, "llama.embedding_length = 64.0"),
+        ({"llama.rope.freq_base": "many"}, "llama.rope.freq_base = many"),
+        ({"llama.rope.freq_base": float("nan")}, "llama.rope.freq_base = nan"),
+        ({"llama.attention.key_length": [16, 16]}, "llama.attention.key_length differs by layer"),
+    ],
+)
+def test_a_malformed_file_is_one_line_that_names_the_field(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
+    """Anything else that is raised would start the worker again and again."""
+    source = write_gguf(tmp_path / "odd.gguf", tiny_model(tmp_path / "hf") / "model.safetensors", fields)
+
+    with pytest.raises(EngineStartError, match=said):
+        converted(source, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [None, Kind.Q4_1, Kind.Q8_0])
+def test_a_file_for_machines_of_the_other_byte_order_is_called_so(
+    kind: gguf.GGMLQuantizationType | None, tmp_path: Path
+) -> None:
+    weights = tiny_model(tmp_path / "hf") / "model.safetensors"
+    source = write_gguf(tmp_path / "big.gguf", weights, kind=kind, endianess=gguf.GGUFEndian.BIG)
+
+    with pytest.raises(EngineStartError, match=r"big-endian .*gguf-convert-endian"):
+        converted(source, tmp_path)
 
 
 def test_a_converted_model_is_everybodys_to_read(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ def write_gguf(
     tensors: Mapping[str, Array] | None = None,
     kind: gguf.GGMLQuantizationType | None = None,
     split: int = 0,
+    endianess: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE,
 ) -> Path:
     """weights: model.safetensors of a tiny model, whose config is CONFIG with `config`'s changes.
 
@@ -35,7 +36,7 @@ def write_gguf(
     """
     shape = CONFIG | dict(config or {})
     arch = ARCHITECTURES[shape["architectures"][0]]
-    writer = gguf.GGUFWriter(path, arch, split_max_tensors=split)
+    writer = gguf.GGUFWriter(path, arch, endianess=endianess, split_max_tensors=split)
     writer.add_block_count(shape["num_hidden_layers"])
     writer.add_context_length(shape["max_position_embeddings"])
     writer.add_embedding_length(shape["hidden_size"])
