@@ -8,6 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from gguf import TokenType
+
 from gpu_worker.engine import EngineStartError
 from gpu_worker.gguf_vocabulary import Fields, to_ends
 from gpu_worker.torch_engine.sampling import parse_defaults
@@ -166,7 +168,9 @@ def to_sampling(metadata: Fields) -> dict[str, Any]:
 
 
 def to_tokenizer_config(metadata: Fields) -> dict[str, Any]:
-    pieces = metadata["tokenizer.ggml.tokens"]
+    """A piece of text that some files give a role, to fill batches with `!`, stays what it is: it has none here."""
+    pieces, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    added = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
     ids = {
         "bos_token": "bos_token_id",
         "eos_token": "eos_token_id",
@@ -176,7 +180,7 @@ def to_tokenizer_config(metadata: Fields) -> dict[str, Any]:
     named = {
         name: pieces[metadata[f"tokenizer.ggml.{field}"]]
         for name, field in ids.items()
-        if f"tokenizer.ggml.{field}" in metadata
+        if f"tokenizer.ggml.{field}" in metadata and kinds[metadata[f"tokenizer.ggml.{field}"]] in added
     }
     template = metadata.get("tokenizer.chat_template")
     return named | ({"chat_template": template} if template else {})

@@ -5,9 +5,12 @@ the pieces, put together, are the decoding of the whole (held to `tokenizers` by
 """
 
 import codecs
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from gpu_worker.torch_engine.stopping import StopScanner
+
+BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 def byte_level_alphabet() -> dict[str, int]:
@@ -36,8 +39,8 @@ def byte_fallback_bytes(vocabulary: Mapping[str, int], hidden: Iterable[int]) ->
     for piece, token in vocabulary.items():
         if token in silent:
             continue
-        is_byte = len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
-        table[token] = bytes([int(piece[3:5], 16)]) if is_byte else piece.replace("▁", " ").encode()
+        is_byte = BYTE_PIECE.fullmatch(piece)
+        table[token] = bytes.fromhex(piece[3:5]) if is_byte else piece.replace("▁", " ").encode()
     return table
 
 

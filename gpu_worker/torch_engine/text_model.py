@@ -1,6 +1,8 @@
 """The text side of a model directory: tokenizer, template, end tokens and sampling defaults. No torch."""
 
 import json
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from gpu_worker.torch_engine.chat_template import ChatTemplate, TemplateError
 from gpu_worker.torch_engine.detokenizer import byte_fallback_bytes, byte_level_bytes
 from gpu_worker.torch_engine.respelling import respell
 from gpu_worker.torch_engine.sampling import parse_defaults
+from gpu_worker.torch_engine.special_tokens import parse_special_tokens
 
-SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+log = logging.getLogger(__name__)
 
 
 class TextModel:
@@ -25,11 +28,18 @@ class TextModel:
         generation = read_json(directory / "generation_config.json", optional=True)
         tokenizer_config = read_json(directory / "tokenizer_config.json", optional=True)
         self.tokenizer = _read_tokenizer(directory / "tokenizer.json")
-        self.eos = _token_ids(generation.get("eos_token_id", config.get("eos_token_id")))
+        special = parse_special_tokens(
+            tokenizer_config,
+            read_json(directory / "special_tokens_map.json", optional=True),
+            read_json(directory / "added_tokens.json", optional=True),
+        )
+        silent = special.add_to(self.tokenizer)
         self.defaults = parse_defaults(generation)
         self.vocabulary = int(config.get("vocab_size", 0))  # rows of the embedding; ids at or above have none
-        self.template = _template(directory, tokenizer_config)
-        self.token_bytes = _token_bytes(self.tokenizer, self.eos)
+        end = self.tokenizer.token_to_id(special.roles.get("eos_token", ""))
+        self.eos = _ends(generation, config, end if end is not None and end < self.vocabulary else None)
+        self.template = _template(directory, tokenizer_config, special.roles)
+        self.token_bytes = _token_bytes(self.tokenizer, silent | self.eos)
         self._spellable = self.token_bytes[: self.vocabulary]
 
     def render(self, messages: tuple[Message, ...]) -> str:
@@ -77,34 +87,54 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def _token_ids(value: Any) -> frozenset[int]:
-    if value is None:
-        return frozenset()
-    return frozenset(value) if isinstance(value, list) else frozenset([value])
+def _ends(generation: Mapping[str, Any], config: Mapping[str, Any], end: int | None) -> frozenset[int]:
+    """Tokens that end an answer. end: the tokenizer's own. Where neither config has any, transformers would go on for
+    ever behind that one, which nobody wants."""
+    for file, fields in (("generation_config.json", generation), ("config.json", config)):
+        value = fields.get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if any(type(token) is not int for token in ids):
+            raise EngineStartError(f"{file}: eos_token_id must be a token id or a list of them, not {value!r}")
+        if ids:
+            return frozenset(ids)
+    log.warning("neither config.json nor generation_config.json names an end token", extra={"taken": end})
+    return frozenset() if end is None else frozenset([end])
 
 
-def _template(directory: Path, tokenizer_config: dict[str, Any]) -> ChatTemplate | None:
-    beside = directory / "chat_template.jinja"
-    source: Any = beside.read_text(encoding="utf-8") if beside.exists() else tokenizer_config.get("chat_template")
-    if isinstance(source, list):  # several named templates: the one called default
-        source = next((one["template"] for one in source if one.get("name") == "default"), None)
+def _template(directory: Path, tokenizer_config: dict[str, Any], roles: Mapping[str, str]) -> ChatTemplate | None:
+    source = _template_source(directory, tokenizer_config)
     if not source:
         return None
-    named = {name: _special_text(tokenizer_config.get(name)) for name in SPECIAL_NAMES}
-    special = {name: text for name, text in named.items() if text}  # templates ask whether one `is defined`
     try:
-        return ChatTemplate(source, special)
+        return ChatTemplate(source, roles)
     except TemplateError as error:
         raise EngineStartError(f"{directory}: {error}") from error
 
 
-def _special_text(value: Any) -> str:
-    return value.get("content", "") if isinstance(value, dict) else value or ""
+def _template_source(directory: Path, tokenizer_config: dict[str, Any]) -> str | None:
+    """Of several named ones, the one called default."""
+    beside = directory / "chat_template.jinja"
+    if beside.exists():
+        try:
+            return beside.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise EngineStartError(f"{beside}: cannot be read: {error}") from error
+    source = tokenizer_config.get("chat_template")
+    try:
+        named = {one["name"]: one["template"] for one in source} if isinstance(source, list) else source
+    except (TypeError, KeyError):
+        named = 0
+    chosen = named.get("default") if isinstance(named, dict) else named
+    if chosen is not None and not isinstance(chosen, str):
+        raise EngineStartError(
+            "tokenizer_config.json: chat_template is neither a template nor several with their names"
+        )
+    return chosen
 
 
-def _token_bytes(tokenizer: Tokenizer, eos: frozenset[int]) -> list[bytes]:
+def _token_bytes(tokenizer: Tokenizer, silent: frozenset[int] | set[int]) -> list[bytes]:
     added = tokenizer.get_added_tokens_decoder()
-    hidden = {token for token, described in added.items() if described.special} | eos
+    hidden = {token for token, described in added.items() if described.special} | silent
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     decoder = tokenizer.decoder.__getstate__().decode() if tokenizer.decoder is not None else ""  # its JSON
     if "ByteLevel" in decoder:
