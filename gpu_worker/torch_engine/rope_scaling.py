@@ -25,6 +25,10 @@ Fields = Mapping[str, Any]
 
 THETA = 10_000.0
 COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned", "original_max_position_embeddings"}
+NUMBERS = {
+    *("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    *("low_freq_factor", "high_freq_factor"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +67,13 @@ def parse_rope(raw: Fields, head_dim: int) -> Rope:
 def _fields(raw: Fields) -> dict[str, Any]:
     """`rope_scaling` as it always was, or `rope_parameters` of transformers 5, which also holds theta; what stands
     beside them counts where they are silent, but for the original length, which some families keep outside."""
-    fields = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(given, Mapping):
+        raise EngineStartError(f"config.json: rope_scaling must be an object, not {str(given)[:80]!r}")
+    for name in sorted(NUMBERS & given.keys()):
+        if given[name] is not None and (type(given[name]) not in (int, float) or not 0 <= given[name] < math.inf):
+            raise EngineStartError(f"config.json: rope_scaling: {name} must be a number, not {given[name]!r}")
+    fields = dict(given)
     for name in ("rope_theta", "partial_rotary_factor"):
         fields.setdefault(name, raw.get(name))
     original = raw.get("original_max_position_embeddings") or fields.get("original_max_position_embeddings")

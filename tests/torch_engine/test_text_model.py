@@ -63,6 +63,13 @@ def test_of_several_chat_templates_the_default_is_taken(template: Any, tmp_path:
     assert TextModel(tmp_path).render((Message("user", "hi"),)) == "1"
 
 
+def test_chat_templates_none_of_which_is_the_default_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    change(tiny_model(tmp_path) / "tokenizer_config.json", chat_template={"rag": "x", "tool_use": "y"})
+
+    assert TextModel(tmp_path).template is None
+    assert [record.__dict__["templates"] for record in caplog.records] == ["rag, tool_use"]
+
+
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
