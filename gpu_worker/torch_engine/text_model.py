@@ -126,7 +126,9 @@ def _template_source(directory: Path, tokenizer_config: dict[str, Any]) -> str |
         named = 0
     chosen = named.get("default") if isinstance(named, dict) else named
     if named and chosen is None:
-        log.warning("none of the model's chat templates is called default", extra={"templates": ", ".join(map(str, named))})
+        log.warning(
+            "none of the model's chat templates is called default", extra={"templates": ", ".join(map(str, named))}
+        )
     if chosen is not None and not isinstance(chosen, str):
         raise EngineStartError(
             "tokenizer_config.json: chat_template is neither a template nor several with their names"
