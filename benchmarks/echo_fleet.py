@@ -9,9 +9,9 @@ import aiohttp
 
 from bus.api_keys import ApiKeys
 from bus.link import ServerAddress, client
-from tests.conftest import wait_until
 from tests.harness.fleet import Fleet, RoleProcess
 from tests.harness.servers import ValkeyServer, free_port
+from tests.harness.waiting import wait_until
 
 MODEL = "echo"
 START_S = 30.0
@@ -30,7 +30,7 @@ class EchoFleet:
 async def running_echo_fleet(
     folder: Path, *, workers: int = 1, capacity: int = 512, gateway: bool = False
 ) -> AsyncIterator[EchoFleet]:
-    """AOF everysec, as `millrace up` runs it. Raises TimeoutError with the reason when it is not ready in 30 s."""
+    """AOF everysec, as `millrace up` runs it. Raises AssertionError if it is not ready in 30 s, and says why."""
     with ValkeyServer(aof="everysec") as server, Fleet(server.url, folder) as fleet:
         fleet.settings = {"model": MODEL, "log_level": "warning", "open_rate_per_minute": 0}
         fleet.start("registry_consumer")

@@ -19,10 +19,10 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
+from benchmarks.model_directory import DEFAULT_MODEL, model_directory
 from bus.ids import ModelName
 from bus.jobs import ChatJob, Sampling
 from gpu_worker.engine import GenerateRequest
@@ -153,7 +153,7 @@ def show(answers: int, prompt_len: int, found: Stall, undisturbed_ms: float) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time between tokens of running answers while a long prompt comes in.")
-    parser.add_argument("--model", type=Path, default=Path("var/models/smollm2-135m-instruct"))
+    parser.add_argument("--model", type=model_directory, default=str(DEFAULT_MODEL))
     parser.add_argument("--answers", default="1,4,16")
     parser.add_argument("--prompts", default="2000,8000", help="8000: about the whole context of the default model")
     parser.add_argument("--times", type=int, default=3, help="prompts of each length, one after the other")

@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.model_directory import DEFAULT_MODEL, model_directory
 from bus.cell import Cell
 from bus.codec.events import NodeBeat, parse_event
 from bus.ids import NodeId
@@ -25,9 +26,9 @@ from bus.keys import CellKeys
 from bus.link import Link, Reader, ServerAddress
 from bus.settings import Settings
 from millrace import Client
-from tests.conftest import wait_until
-from tests.harness.fleet import ROOT, Fleet
+from tests.harness.fleet import Fleet
 from tests.harness.servers import ValkeyServer
+from tests.harness.waiting import wait_until
 
 NODE = NodeId("measured")
 BEAT_MS = 1_000
@@ -82,8 +83,8 @@ async def prompt_for_ever(chats: Client, length: int, counts: list[int]) -> None
         counts[1] += 1
 
 
-async def measure(threads: int, seconds: float, length: int, answers: int) -> None:
-    settings = {"model_path": ROOT / "var/models" / Settings().model, "threads": threads, "beat_ms": BEAT_MS}
+async def measure(model: Path, threads: int, seconds: float, length: int, answers: int) -> None:
+    settings = {"model_path": model, "threads": threads, "beat_ms": BEAT_MS}
     with tempfile.TemporaryDirectory() as folder, ValkeyServer(aof="everysec") as server:
         with Fleet(server.url, Path(folder)) as fleet:
             fleet.settings = {**settings, "log_level": "warning"}
@@ -129,6 +130,7 @@ def show(threads: int, kind: str, found: Watch, counts: list[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="How late a worker's event loop is under load.")
+    parser.add_argument("--model", type=model_directory, default=str(DEFAULT_MODEL))
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--prompt", type=int, default=1900, help="words of each long prompt")
@@ -138,7 +140,7 @@ def main() -> None:
     print("| threads | | loop lag p99 ms | longest ms | longest between beats ms | pieces | prompts |")
     print("|---:|---|---:|---:|---:|---:|---:|")
     for threads in options.threads.split(","):
-        asyncio.run(measure(int(threads), options.seconds, options.prompt, options.answers))
+        asyncio.run(measure(options.model, int(threads), options.seconds, options.prompt, options.answers))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from bus.settings import Settings
+from gpu_worker.engine import EngineStartError
 from gpu_worker.model_files import resolve_model
 from gpu_worker.torch_engine.assembly import assemble
 from gpu_worker.torch_engine.batch import build_batch
@@ -74,7 +75,10 @@ def main() -> None:
     parser.add_argument("--model", default="", help="directory or GGUF file; empty: the default model")
     parser.add_argument("--threads", type=int, default=None)
     arguments = parser.parse_args()
-    directory = resolve_model(Settings(model_path=arguments.model))
+    try:
+        directory = resolve_model(Settings(model_path=arguments.model))
+    except EngineStartError as error:
+        parser.error(str(error))
     print(f"{'form':34} {'rows':>5} {'perplexity':>11}")
     for form in arguments.forms:
         for rows in arguments.rows:

@@ -26,9 +26,9 @@ import uvloop
 from bus.link import LinkError, ServerAddress, client
 from bus.settings import Settings
 from millrace import ChatError, Client
-from tests.conftest import wait_until
 from tests.harness.fleet import QUICK, Fleet, children_of
 from tests.harness.servers import ValkeyServer
+from tests.harness.waiting import wait_until
 
 MODEL = "echo"
 TOKENS = 15

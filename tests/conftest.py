@@ -1,15 +1,13 @@
 """Fixtures for all tests: one real server per session, empty for each test that asks for it."""
 
-import asyncio
-import inspect
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
 from bus.link import Link, ServerAddress
 from tests.harness.servers import ValkeyServer
 from tests.harness.topologies import Cluster, running_cluster
+from tests.harness.waiting import wait_until as wait_until  # where most tests look for it
 
 
 @pytest.fixture(scope="session")
@@ -51,26 +49,3 @@ def address(server: ValkeyServer) -> ServerAddress:
 async def link(address: ServerAddress) -> AsyncIterator[Link]:
     async with await Link.connect(address, name="test") as link:
         yield link
-
-
-async def wait_until(
-    condition: Callable[[], object | Awaitable[object]], timeout_s: float = 5.0, step_s: float = 0.01
-) -> None:
-    """Wait for a condition (a plain or async callable), looking every step_s. Fails the test at the deadline."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        outcome = condition()
-        if inspect.isawaitable(outcome):
-            outcome = await outcome
-        if outcome:
-            return
-        if time.monotonic() > deadline:
-            pytest.fail(f"still not so after {timeout_s:g} s: {_describe(condition)}")
-        await asyncio.sleep(step_s)
-
-
-def _describe(condition: object) -> str:
-    try:
-        return inspect.getsource(condition).strip()  # type: ignore[arg-type]  # a partial has no source
-    except TypeError:
-        return repr(condition)

@@ -196,6 +196,41 @@ def test_every_foreign_import_is_a_declared_dependency() -> None:
     assert foreign - locked - {"torch"} == set()
 
 
+def test_benchmarks_run_without_what_only_tests_need() -> None:
+    """A newcomer who ran `make run` can measure. What they share with the tests is in tests/harness."""
+    locked = (ROOT / "requirements" / "dev.in").read_text(encoding="utf-8").splitlines()
+    only_tests = {line.replace("-", "_") for line in locked if line and not line.startswith("#")}
+    elsewhere = ("peers", "rivals")  # each runs in a venv of its own
+    left = [path for path in (ROOT / "benchmarks").rglob("*.py") if path.parent.name not in elsewhere]
+    reached: dict[Path, set[str]] = {}
+    while left:
+        path = left.pop()
+        reached[path] = names = imported_names(ast.parse(path.read_text(encoding="utf-8")))
+        ours = [
+            ROOT.joinpath(*name.split(".")).with_suffix(".py")
+            for name in names
+            if starts_with(name, "benchmarks", "tests")
+        ]
+        left += [one for one in ours if one.is_file() and one not in reached]
+
+    assert ROOT / "tests/harness/servers.py" in reached
+    assert {
+        (str(path.relative_to(ROOT)), name)
+        for path, names in reached.items()
+        for name in names
+        if name.partition(".")[0] in only_tests
+    } == set()
+
+
+def imported_names(tree: ast.Module) -> set[str]:
+    """Of every import statement: `from a import b` gives `a` and `a.b`."""
+    found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
 def test_a_producer_needs_only_the_base_dependencies() -> None:
     """`pip install .` without extras gives `from millrace import Client` and the command."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

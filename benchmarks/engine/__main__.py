@@ -40,6 +40,7 @@ from benchmarks.engine.figures import Burst, measure, over_rounds
 from benchmarks.engine.process import Driver, DriverFailed
 from benchmarks.engine.report import Row, rate, skipped, table
 from benchmarks.engine.roofs import Roof, describe_machine, measure_roof
+from benchmarks.model_directory import DEFAULT_MODEL, model_directory
 from gpu_worker.torch_engine.model_config import ModelConfig, parse_config
 
 CONTEXT_SPARE = 64  # tokens of room beyond prompt and answer, for whoever counts in blocks
@@ -244,7 +245,7 @@ def write_json(
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT / "var/models/smollm2-135m-instruct")
+    parser.add_argument("--model", type=model_directory, default=str(DEFAULT_MODEL))
     parser.add_argument("--gguf", type=Path, default=ROOT / "var/models/SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--levels", type=to_levels, default="1,4,8,16,32", help="requests that arrive together")
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
