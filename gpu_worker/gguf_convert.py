@@ -81,9 +81,19 @@ def _convert(source: Path, target: Path, generation: Mapping[str, Any], progress
     write_shards(target, convert_tensors(weights, config, progress))
 
 
+class BoundedReader(gguf.GGUFReader):
+    """The library takes nothing for what lies behind the end: a list of a damaged length then fills the memory."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Array:
+        found: Array = super()._get(offset, dtype, count, override_order)
+        if len(found) < count:
+            raise ValueError("the file is cut off or damaged")
+        return found
+
+
 def read_gguf(path: Path) -> gguf.GGUFReader:
     try:
-        reader = gguf.GGUFReader(path)
+        reader = BoundedReader(path)
     except Exception as error:  # it raises whatever numbers in a file that is none, or is cut off, lead it to
         raise EngineStartError(f"{path}: cannot be read as GGUF: {error}; get it again") from error
     if reader.byte_order == "S":
@@ -98,7 +108,10 @@ def convert_tensors(
     for done, tensor in enumerate(tensors):
         name = to_name(tensor.name)
         heads = rotated_heads(name, config)
-        for part, array in to_arrays(tensor).items():
+        arrays = to_arrays(tensor)
+        if heads and tensor.data.shape[0] % (2 * heads):
+            raise EngineStartError(f"tensor {tensor.name} has {tensor.data.shape[0]} rows, which are not {heads} heads")
+        for part, array in arrays.items():
             yield f"{name}.{part}".rstrip("."), unpermute(array, heads) if heads else array
         progress((done + 1) / len(tensors))
 

@@ -1,6 +1,7 @@
 """GGUF files: the same model as their Hugging Face form, or a refusal that names what is not supported."""
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from bus.settings import Settings
 from gpu_worker.engine import EngineStartError
 from gpu_worker.gguf_config import to_sampling
-from gpu_worker.gguf_convert import to_values
+from gpu_worker.gguf_convert import read_gguf, to_values
 from gpu_worker.model_files import resolve_model
 from gpu_worker.torch_engine.model_config import parse_config
 from gpu_worker.torch_engine.sampling import SamplingDefaults
@@ -220,6 +221,7 @@ def test_a_sampling_default_that_cannot_be_heeded_is_said_and_left_out(caplog: p
         ({"tokenizer.ggml.merges": ["never seen"]}, "is malformed .*never"),
         ({"tokenizer.ggml.token_type": [3]}, "token_type"),
         ({"llama.attention.head_count": 0}, "llama.attention.head_count = 0"),
+        ({"llama.attention.head_count": 7}, "attn_q.weight has 96 rows, which are not 7 heads"),
         ({"llama.embedding_length": 64.0}, "llama.embedding_length = 64.0"),
         ({"llama.rope.freq_base": "many"}, "llama.rope.freq_base = many"),
         ({"llama.rope.freq_base": float("nan")}, "llama.rope.freq_base = nan"),
@@ -232,6 +234,16 @@ def test_a_malformed_file_is_one_line_that_names_the_field(fields: dict[str, Any
 
     with pytest.raises(EngineStartError, match=said):
         converted(source, tmp_path)
+
+
+def test_a_list_of_a_damaged_length_is_refused_at_once(tmp_path: Path) -> None:
+    """The library would go on behind the end of the file, for as long as there is memory."""
+    counts = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1)  # version, tensors, fields
+    field = struct.pack("<Q1sIIQ", 1, b"a", gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT8, 1 << 22)
+    (tmp_path / "odd.gguf").write_bytes(counts + field)
+
+    with pytest.raises(EngineStartError, match="cannot be read as GGUF: the file is cut off or damaged"):
+        read_gguf(tmp_path / "odd.gguf")
 
 
 @pytest.mark.parametrize("kind", [None, Kind.Q4_1, Kind.Q8_0])
