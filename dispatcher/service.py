@@ -140,4 +140,5 @@ def log_sweep(report: SweepReport) -> None:
     for end in report.ended:
         log.info("ended by the sweep", extra={"job": end.job_id, "state": end.state})
     for node in report.removed_nodes:
-        log.info("node forgotten", extra={"node": node, "why": "no beat for node_keep_ms"})
+        why = "it said bye" if node in report.departed_nodes else "no beat for node_keep_ms"
+        log.info("node forgotten", extra={"node": node, "why": why})

@@ -153,8 +153,10 @@ class Registry:
         now_ms = int(seconds) * 1000 + int(micros) // 1000
         for node, beat_ms in await self._silent(now_ms - settings.node_ttl_ms):
             if beat_ms <= now_ms - settings.node_keep_ms:
-                if (await cell.remove_node(node)).status == "applied":
-                    log.info("node forgotten", extra={"node": node, "why": "no beat for node_keep_ms"})
+                status = (await cell.remove_node(node)).status
+                if status in ("applied", "departed"):
+                    why = "it said bye" if status == "departed" else "no beat for node_keep_ms"
+                    log.info("node forgotten", extra={"node": node, "why": why})
             elif self._said.get(node) != beat_ms:
                 self._said[node] = beat_ms
                 if await cell.note_silent(node, beat_ms):

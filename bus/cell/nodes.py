@@ -126,7 +126,7 @@ class NodeCalls(CellBase):
 
     async def remove_node(self, node: NodeId) -> Applied:
         """Delete all keys of a node whose last beat is older than node_keep_ms. `held`: it has beaten, or still has
-        reservations (the sweep requeues these first). Of one that left on purpose the tombstone stays."""
+        reservations (the sweep requeues these first). `departed`: removed, but for the tombstone of one that left."""
         keys = self.keys
         raw = await self.link.send("HGET", keys.node(node), "models")
         models = (raw or b"").decode("utf-8", "replace").split()

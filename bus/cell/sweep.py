@@ -52,7 +52,7 @@ class SweepCalls(FollowCalls, NodeCalls, CellBase):
             ended += late_ones or []
         for raw in gateways:
             ended += await self._due(keys.leases, raw, self._leave_gateway) or []
-        removed = [NodeId(raw.decode()) for raw in old_nodes if await self._due(keys.nodes_known, raw, self._forget)]
+        fates = [await self._due(keys.nodes_known, raw, self._forget) for raw in old_nodes]
         await self._tidy()
         return SweepReport(
             swept=True,
@@ -60,7 +60,8 @@ class SweepCalls(FollowCalls, NodeCalls, CellBase):
             requeued=tuple(requeued),
             ended=tuple(ended),
             released=sum(one or 0 for one in released),
-            removed_nodes=tuple(removed),
+            removed_nodes=tuple(node for node, status in filter(None, fates) if status in ("applied", "departed")),
+            departed_nodes=tuple(node for node, status in filter(None, fates) if status == "departed"),
         )
 
     async def _due(self, index: str, raw: bytes, act: Callable[[str], Awaitable[T]]) -> T | None:
@@ -128,8 +129,9 @@ class SweepCalls(FollowCalls, NodeCalls, CellBase):
     async def _leave(self, job_id: JobId, gateway: str) -> CancelResult:
         return await self._cancel(job_id, "gateway_lost", gateway, lapsed=True)
 
-    async def _forget(self, node: str) -> bool:
-        return (await self.remove_node(NodeId(node))).status == "applied"
+    async def _forget(self, name: str) -> tuple[NodeId, str]:
+        node = NodeId(name)
+        return node, (await self.remove_node(node)).status
 
     async def _tidy(self) -> None:
         keys = self.keys

@@ -451,10 +451,10 @@ class HeldBy(msgspec.Struct, frozen=True):
 
 
 class Applied(msgspec.Struct, frozen=True):
-    """What became of a node event. Only `applied` changed anything.
+    """What became of a node event, or of a removal. Only `applied` changed anything, and a removal's `departed`.
 
     superseded: an older epoch or entry. expired: older than its TTL. unknown: an HTTP beat of a node nobody
-    registered. not_owner: registered by another key. departed: a tombstone stands. held: removal must wait.
+    registered. not_owner: registered by another key. departed: it left, a tombstone stands. held: removal must wait.
     """
 
     status: Literal["applied", "superseded", "expired", "unknown", "not_owner", "departed", "held"]
@@ -477,3 +477,4 @@ class SweepReport(msgspec.Struct, frozen=True):
     ended: tuple[Ended, ...] = ()
     released: int = 0  # late jobs that went back to their queue
     removed_nodes: tuple[NodeId, ...] = ()
+    departed_nodes: tuple[NodeId, ...] = ()  # of the removed ones those that had said bye

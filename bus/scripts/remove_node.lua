@@ -16,8 +16,9 @@ call('ZREM', known_key, ARGV[1])
 for i = 10, #KEYS do
   call('ZREM', KEYS[i], ARGV[1])
 end
-if state ~= 'bye' then
-  call('DEL', node_key, KEYS[7])
-  report(KEYS[9], 'node_removed', ARGV[1], 'silent', '')
+if state == 'bye' then
+  return 'departed'
 end
+call('DEL', node_key, KEYS[7])
+report(KEYS[9], 'node_removed', ARGV[1], 'silent', '')
 return 'applied'

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from bus.cell import Cell
-from bus.codec.wire import Assigned, Pick, Requeued, new_nonce
-from bus.ids import JobId, rendezvous
+from bus.codec.wire import Assigned, Pick, Requeued, SweepReport, new_nonce
+from bus.ids import JobId, NodeId, rendezvous
 from bus.keys import queue_name
 from bus.link import Link, ServerAddress
 from bus.process.child import ParentLine
 from bus.settings import Settings
-from dispatcher.service import run
+from dispatcher.service import log_sweep, run
 from dispatcher.sharing import HOLDER_PREFIX
 from tests.conftest import wait_until
 from tests.dispatcher.conftest import Dispatching
@@ -345,3 +345,15 @@ async def test_a_pick_of_a_job_that_is_gone_clears_its_entry(cell: Cell) -> None
     (second,) = await cell.assign(view.queues[0].queue, [pick])
 
     assert isinstance(first, Assigned) and not isinstance(second, Assigned)
+
+
+def test_the_log_says_why_a_node_is_forgotten(caplog: pytest.LogCaptureFixture) -> None:
+    """Seconds after a clean stop, "no beat for an hour" would send an operator looking for a fault."""
+    caplog.set_level("INFO")
+
+    log_sweep(SweepReport(swept=True, removed_nodes=(NodeId("lost"), NodeId("left")), departed_nodes=(NodeId("left"),)))
+
+    assert [(vars(one)["node"], vars(one)["why"]) for one in caplog.records] == [
+        ("lost", "no beat for node_keep_ms"),
+        ("left", "it said bye"),
+    ]

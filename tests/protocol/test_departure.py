@@ -90,7 +90,7 @@ async def test_a_departed_node_leaves_nothing_but_a_tombstone_that_expires(world
     report = await world.sweep()
 
     assert counted == []
-    assert report.removed_nodes == (N1,)
+    assert report.removed_nodes == report.departed_nodes == (N1,)
     assert await world.link.send("KEYS", "*node:n1*") == [world.cell.keys.node(N1).encode()]
     assert await keys_of(world, "n1") == {}
     assert await world.cell.node_names() == []

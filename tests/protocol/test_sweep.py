@@ -227,7 +227,7 @@ async def test_a_node_silent_for_too_long_is_removed(world: World):
 
     report = await world.sweep()
 
-    assert report.removed_nodes == (N1,)
+    assert (report.removed_nodes, report.departed_nodes) == ((N1,), ())
     assert await world.cell.nodes() == []
 
 
