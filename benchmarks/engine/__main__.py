@@ -41,6 +41,7 @@ from benchmarks.engine.process import Driver, DriverFailed
 from benchmarks.engine.report import Row, rate, skipped, table
 from benchmarks.engine.roofs import Roof, describe_machine, measure_roof
 from benchmarks.model_directory import DEFAULT_MODEL, model_directory
+from gpu_worker.torch_engine.assembly import usable_cores
 from gpu_worker.torch_engine.model_config import ModelConfig, parse_config
 
 CONTEXT_SPARE = 64  # tokens of room beyond prompt and answer, for whoever counts in blocks
@@ -250,7 +251,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--levels", type=to_levels, default="1,4,8,16,32", help="requests that arrive together")
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
     parser.add_argument("--new", type=int, default=128, help="tokens")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of every contender")
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="of every contender")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of our engine")
     parser.add_argument("--peers", type=to_peers, default="llama.cpp,vllm,transformers", help="names, beginnings, none")
     parser.add_argument("--gateway", action=argparse.BooleanOptionalAction, default=True, help="our whole fleet, too")
