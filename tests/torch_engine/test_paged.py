@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -278,6 +278,14 @@ class TestProbe:
 
         assert probe(aligned_to_the_first_key, self.config, CPU, torch.float32) == "its results are wrong"
         assert "Ampere" in str(probe(missing, self.config, CPU, torch.float32))
+
+    def test_a_torch_whose_kernel_takes_other_arguments_is_no_error(self) -> None:
+        def before_pages(query: Tensor, *others: Tensor | int, scale: float) -> Tensor:
+            return query
+
+        found = probe(cast(VarlenAttention, before_pages), self.config, CPU, torch.float32)
+
+        assert "unexpected keyword argument" in str(found)
 
 
 class TestChoice:

@@ -212,7 +212,8 @@ def probe(varlen: VarlenAttention, config: ModelConfig, device: torch.device, dt
         for splits in (None, 1) if config.group > 1 else (1,):
             if probe_error(varlen, config, splits, device, dtype) < PROBE_TOLERANCE:
                 return Probed(splits)
-    except (RuntimeError, NotImplementedError, ValueError, AttributeError) as error:  # too old a GPU or torch
+    # Too old a GPU, or a torch whose form of it takes other arguments (2.11's knows no paged keys).
+    except (RuntimeError, NotImplementedError, ValueError, AttributeError, TypeError) as error:
         return str(error).splitlines()[0]
     return "its results are wrong"
 
