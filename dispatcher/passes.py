@@ -18,7 +18,7 @@ from collections.abc import Collection, Mapping, Sequence
 from msgspec.structs import replace
 
 from bus.cell import Cell
-from bus.codec.wire import Assigned, CellView, Ended, NotAssigned, QueuedJob, QueueView
+from bus.codec.wire import Assigned, CellView, Ended, NotAssigned, NotYours, QueuedJob, QueueView, Requeued
 from bus.ids import JobId, ModelName
 from bus.keys import PRIORITIES, QueueName, queue_model, queue_name
 from dispatcher.board import FRESH_MS, Board
@@ -180,7 +180,7 @@ class Passes:
         if self._asked:
             mine = [self._told(one) for one in mine]
         taken = await self._assign(plan(mine, nodes, view.now_ms, self._turn, self._draw))
-        await self._end_unserved(unserved(mine, view), taken)
+        await self._end_unserved(unserved(mine, view, nodes), taken)
         self._board.remember(view, nodes, self._clock_ms())
         more = self._note(view, queues, mine, nodes, taken)
         self._log(taken, "looked", sum(one.length for one in mine))
@@ -227,10 +227,13 @@ class Passes:
         jobs = [(queue, job) for queue, job in jobs if queue not in self._hoping]
         ends = await asyncio.gather(*(self._cell.end_unserved(job.job_id, job.fence) for _, job in jobs))
         for (queue, job), end in zip(jobs, ends, strict=True):
-            if isinstance(end, Ended) and not end.earlier:
+            if isinstance(end, Requeued) or (isinstance(end, Ended) and not end.earlier):
                 taken.settled[queue] = taken.settled.get(queue, 0) + 1
-                log.info("no node can do what the job asks for", extra={"job": job.job_id, "needs": job.needs})
-            elif not isinstance(end, Ended) and end.state == "queued":
+                log.info(
+                    "no node can do what the job asks for",
+                    extra={"job": job.job_id, "needs": job.needs, "outgrown": job.outgrown},
+                )
+            elif isinstance(end, NotYours) and end.state == "queued":
                 self._hoping[queue] = now_s + UNSERVED_S
 
     def _note(

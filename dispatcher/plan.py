@@ -7,14 +7,15 @@ spreads. A job that no node can take now is passed over and stays where it is in
 
 import heapq
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 
 import msgspec
 
-from bus.codec.wire import CellView, QueuedJob, QueueView
+from bus.codec.wire import CellView, NodeView, QueuedJob, QueueView
 from bus.ids import ModelName
 from bus.jobs import is_able
 from bus.keys import QueueName, queue_model, queue_priority
-from dispatcher.rank import Draw, Node, Score, able, is_open, promise, rank, rank_open
+from dispatcher.rank import Draw, Node, Score, able, is_open, larger, not_refused, promise, rank, rank_open
 
 ASSIGN_MAX = 64  # jobs of one assign call
 SHORTLIST = (
@@ -30,6 +31,21 @@ class Choice(msgspec.Struct, frozen=True):
     scores: Sequence[Score]
 
 
+class Room(msgspec.Struct):
+    """The nodes for ordinary jobs with the same needs."""
+
+    near: list[Node]  # compared for each job
+    far: list[Node]  # of a large fleet the others: for jobs that seem too long for the near ones
+    long: dict[int, list[Node]]  # of these the least loaded with a context of so many tokens, once asked for
+
+    def for_long(self, job: QueuedJob, now_ms: int) -> list[Node]:
+        tokens = rounded_up(job.est_prompt + job.est_new)
+        if tokens not in self.long:
+            holding = (node for node in self.far if not node.context or node.context >= tokens)
+            self.long[tokens] = heapq.nsmallest(SHORTLIST, holding, key=lambda node: node.base_ms)
+        return [node for node in self.long[tokens] if is_open(node, now_ms)]
+
+
 def plan(
     queues: Sequence[QueueView],
     nodes: Mapping[ModelName, Sequence[Node]],
@@ -43,7 +59,7 @@ def plan(
     nodes: by model; a node that serves two models is one object in both lists.
     turn: grows with each pass and moves the first turn on to the next model.
     """
-    room: dict[tuple[ModelName, tuple[str, ...]], list[Node]] = {}  # looked through once a pass, not once a job
+    room: dict[tuple[ModelName, tuple[str, ...]], Room] = {}  # looked through once a pass, not once a job
     by_id = {node.node: node for every in nodes.values() for node in every}
     choices: list[Choice] = []
     for queue, model, job in in_turn(queues, turn):
@@ -52,7 +68,8 @@ def plan(
             alike = model, job.needs
             if alike not in room:
                 room[alike] = shortlist(nodes.get(model, ()), now_ms, job.needs)
-            ranked = rank_open(job, room[alike], draw)
+            some = room[alike]
+            ranked = rank_open(job, some.near, draw, others=partial(some.for_long, job, now_ms) if some.far else None)
         else:
             ranked = rank(job, nodes.get(model, ()), now_ms, draw)
         if not ranked:
@@ -61,7 +78,8 @@ def plan(
         best = by_id[ranked[0].node]
         promise(best, job)
         if not is_open(best, now_ms):
-            room = {other: [node for node in some if node is not best] for other, some in room.items()}
+            for one in room.values():
+                one.near = [node for node in one.near if node is not best]
         if len(choices) == limit:
             break
     return choices
@@ -82,27 +100,46 @@ def in_turn(queues: Sequence[QueueView], turn: int) -> Iterator[tuple[QueueName,
                     yield view.queue, model, view.heads[place]
 
 
-def unserved(queues: Sequence[QueueView], view: CellView) -> list[tuple[QueueName, QueuedJob]]:
+def unserved(
+    queues: Sequence[QueueView], view: CellView, living: Mapping[ModelName, Sequence[Node]]
+) -> list[tuple[QueueName, QueuedJob]]:
     """Jobs that wait in vain: a node of their model lives, and none that is known can do what they ask for.
 
-    One that is away counts, because it may come back; with none at all the jobs wait as all others do.
+    One that is away counts, because it may come back; with none at all the jobs wait as all others do. Of those that
+    outgrew a context, all for which no larger one lives: the script knows how long each of them waits for one.
     """
     found: list[tuple[QueueName, QueuedJob]] = []
     for queue in queues:
-        asking = [job for job in queue.heads if job.needs]
-        nodes = view.nodes_of(queue_model(queue.queue)) if asking else []
-        if any(node.alive and node.leased and node.state == "up" for node in nodes):
-            found += [
-                (queue.queue, job)
-                for job in asking
-                if not any(is_able(n.can, n.cannot, job.needs) and n.node not in job.refused for n in nodes)
-            ]
+        model = queue_model(queue.queue)
+        asking = [job for job in queue.heads if job.needs or job.outgrown is not None]
+        nodes = living.get(model, ()) if asking else ()
+        if nodes:
+            known = view.nodes_of(model)
+            found += [(queue.queue, job) for job in asking if _waits_in_vain(job, known, nodes)]
     return found
 
 
-def shortlist(nodes: Sequence[Node], now_ms: int, needs: Collection[str]) -> list[Node]:
+def _waits_in_vain(job: QueuedJob, known: Sequence[NodeView], living: Sequence[Node]) -> bool:
+    if job.outgrown is not None:
+        return not larger(not_refused(able(living, job.needs), job), job)
+    return bool(job.needs) and not any(
+        is_able(node.can, node.cannot, job.needs) and node.node not in job.refused for node in known
+    )
+
+
+def shortlist(nodes: Sequence[Node], now_ms: int, needs: Collection[str]) -> Room:
     """The nodes worth comparing for ordinary jobs with these needs: open, able, of a large fleet the least loaded."""
     usable = [node for node in nodes if is_open(node, now_ms)]
     if needs:
         usable = able(usable, needs)
-    return heapq.nsmallest(SHORTLIST, usable, key=lambda node: node.base_ms) if len(usable) > SHORTLIST else usable
+    if len(usable) <= SHORTLIST:
+        return Room(usable, [], {})
+    near = heapq.nsmallest(SHORTLIST, usable, key=lambda node: node.base_ms)
+    chosen = {node.node for node in near}
+    return Room(near, [node for node in usable if node.node not in chosen], {})
+
+
+def rounded_up(tokens: int) -> int:
+    """To one of four sizes for each power of two, so that jobs of like length share what was looked for."""
+    step = 1 << max(0, tokens.bit_length() - 3)
+    return -(-tokens // step) * step

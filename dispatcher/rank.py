@@ -3,7 +3,8 @@
     wait_ms    = promised prompt tokens / prefill rate + promised new tokens / decode rate     (ahead of the job)
     prefill_ms = the job's own prompt / prefill rate
     penalty_ms = FAILURE_COST_MS x p / (1 - p)       p: the node's failure EWMA, so p/(1-p) failures are expected
-    cost_ms    = wait_ms + prefill_ms + penalty_ms                                              (least first)
+    outgrow_ms = context / prefill rate, if the job is expected to need a larger one: another node computes all again
+    cost_ms    = wait_ms + prefill_ms + penalty_ms + outgrow_ms                                 (least first)
 
 Pure: the view of the nodes, the time and the random source are arguments. Whether a chosen node still has room is
 checked by the `assign` script; a stale view costs a retry, never an over-reservation.
@@ -22,6 +23,7 @@ FAILURE_COST_MS = 2_000.0  # what one failure costs a job: the first back-off (1
 FAILURE_MAX = 0.95  # an EWMA of 1 would be an infinite penalty; such a node is the breaker's business
 TIE_FACTOR, TIE_MS = 1.02, 1.0  # costs this close are equal: rates are measured, and herds follow false precision
 Draw = Callable[[], float]  # uniform in [0, 1): `random.Random(seed).random`
+MISFIT_MS = 1e9  # of a prompt that seems too long: only where no other node has room, since estimates may be wrong
 PREFILL_RATE, DECODE_RATE = 1_000.0, 20.0  # tokens/s of a node that has measured nothing yet (0): a modest GPU
 
 
@@ -43,6 +45,7 @@ class Node(msgspec.Struct):
     resume: str = ""  # digest of tokenizer and weights: goes on from token ids of nodes with the same one
     can: Collection[str] | None = None  # see `bus.jobs.is_able`, like the next
     cannot: Collection[str] = ()
+    context: int = 0  # tokens of one sequence, prompt and answer; 0 = it does not say
     prompt_ms: float = 0.0  # per prompt token; this and the next two are derived, and kept for speed
     new_ms: float = 0.0  # per new token
     base_ms: float = 0.0  # the part of the cost that is the same for every job
@@ -63,6 +66,7 @@ class Score(msgspec.Struct, frozen=True):
     penalty_ms: float
     running: int
     candidates: int = 0  # nodes that were compared
+    outgrow_ms: float = 0.0
 
 
 def backlog_ms(node: Node) -> float:
@@ -75,11 +79,25 @@ def penalty_ms(node: Node) -> float:
     return FAILURE_COST_MS * failure / (1.0 - failure)
 
 
-def score(node: Node, est_prompt: int, candidates: int = 0) -> Score:
-    wait, penalty, prefill = backlog_ms(node), penalty_ms(node), est_prompt * node.prompt_ms
-    total = wait + prefill + penalty
+def outgrow_ms(node: Node, job: QueuedJob) -> float:
+    """What it costs that the node's context seems too small for the job, which would go on elsewhere."""
+    if not node.context or job.est_prompt + job.est_new <= node.context:
+        return 0.0
+    return node.context * node.prompt_ms if job.est_prompt < node.context else MISFIT_MS
+
+
+def score(node: Node, job: QueuedJob, candidates: int = 0) -> Score:
+    wait, penalty, prefill = backlog_ms(node), penalty_ms(node), job.est_prompt * node.prompt_ms
+    outgrow = outgrow_ms(node, job)
     return Score(
-        node.node, round(total, 1), round(wait, 1), round(prefill, 1), round(penalty, 1), node.running, candidates
+        node.node,
+        round(wait + prefill + penalty + outgrow, 1),
+        round(wait, 1),
+        round(prefill, 1),
+        round(penalty, 1),
+        node.running,
+        candidates,
+        round(outgrow, 1),
     )
 
 
@@ -99,11 +117,21 @@ def able(nodes: Iterable[Node], needs: Collection[str]) -> list[Node]:
     return [node for node in nodes if is_able(node.can, node.cannot, needs)]
 
 
+def not_refused(nodes: Iterable[Node], job: QueuedJob) -> list[Node]:
+    return [node for node in nodes if node.node not in job.refused]
+
+
 def not_avoided(nodes: Iterable[Node], avoided: Collection[NodeId]) -> list[Node]:
     """Nodes that failed a job are passed over only while another live node of the model has not failed it."""
     every = list(nodes)
     fresh = [node for node in every if node.node not in avoided] if avoided else every
     return fresh or every
+
+
+def larger(nodes: Iterable[Node], job: QueuedJob) -> list[Node]:
+    """Nodes that may hold what has outgrown a context. An answer that has begun stays with those that say theirs."""
+    outgrown = job.outgrown or 0
+    return [node for node in nodes if node.context > outgrown or not (node.context or job.resume)]
 
 
 def same_digest(job: QueuedJob, nodes: list[Node]) -> list[Node]:
@@ -117,19 +145,35 @@ def rank(job: QueuedJob, nodes: Iterable[Node], now_ms: int, draw: Draw, at_most
     Nodes within a hair of the best take random turns, so that dispatchers with the same view do not herd.
     """
     if job.refused:
-        nodes = [node for node in nodes if node.node not in job.refused]
+        nodes = not_refused(nodes, job)
+    if job.outgrown is not None:
+        nodes = larger(nodes, job)
     allowed = not_avoided(able(nodes, job.needs) if job.needs else nodes, job.avoid)
     if job.alone:
         return _rank_lone(job, allowed, now_ms)
-    return rank_open(job, same_digest(job, [node for node in allowed if is_open(node, now_ms)]), draw, at_most)
+    nodes = same_digest(job, [node for node in allowed if is_open(node, now_ms)])
+    return rank_open(job, nodes, draw, at_most) if job.outgrown is None else _rank_outgrown(job, nodes, at_most)
 
 
-def rank_open(job: QueuedJob, nodes: Sequence[Node], draw: Draw, at_most: int = 3) -> list[Score]:
-    """`rank` over nodes that are known to be open and right for the job."""
+def rank_open(
+    job: QueuedJob, nodes: Sequence[Node], draw: Draw, at_most: int = 3, others: Callable[[], list[Node]] | None = None
+) -> list[Score]:
+    """`rank` over nodes that are known to be open and right for the job.
+
+    others: more of these nodes, looked at only if one that would be chosen seems too small for the job.
+    """
+    costs = [node.base_ms + job.est_prompt * node.prompt_ms for node in nodes]
+    best = cheapest(nodes, costs, draw, at_most)
+    if (len(nodes) > 1 or others) and any(outgrow_ms(node, job) for node in best):
+        nodes = [*nodes, *others()] if others else nodes
+        costs = [node.base_ms + job.est_prompt * node.prompt_ms + outgrow_ms(node, job) for node in nodes]
+        best = cheapest(nodes, costs, draw, at_most)
+    return [score(node, job, len(nodes)) for node in best]
+
+
+def cheapest(nodes: Sequence[Node], costs: Sequence[float], draw: Draw, at_most: int) -> list[Node]:
     if len(nodes) <= 1:
-        return [score(node, job.est_prompt, 1) for node in nodes]
-    est_prompt = job.est_prompt
-    costs = [node.base_ms + est_prompt * node.prompt_ms for node in nodes]
+        return list(nodes)
     bound = min(costs) * TIE_FACTOR + TIE_MS
     best = [node for node, cost in zip(nodes, costs, strict=True) if cost <= bound]
     if len(best) > 1:
@@ -138,7 +182,13 @@ def rank_open(job: QueuedJob, nodes: Sequence[Node], draw: Draw, at_most: int = 
     if len(best) < min(at_most, len(nodes)):
         rest = heapq.nsmallest(at_most, zip(costs, range(len(nodes)), strict=True))
         best += [nodes[at] for cost, at in rest if cost > bound][: at_most - len(best)]
-    return [score(node, est_prompt, len(nodes)) for node in best]
+    return best
+
+
+def _rank_outgrown(job: QueuedJob, nodes: Sequence[Node], at_most: int) -> list[Score]:
+    """The largest context first, so that a job does not climb from one to the next; those that do not say come last."""
+    best = sorted(nodes, key=lambda node: (-node.context, node.base_ms))[:at_most]
+    return [score(node, job, len(nodes)) for node in best]
 
 
 def _rank_lone(job: QueuedJob, nodes: Sequence[Node], now_ms: int) -> list[Score]:
@@ -148,7 +198,7 @@ def _rank_lone(job: QueuedJob, nodes: Sequence[Node], now_ms: int) -> list[Score
     """
     free = [node for node in nodes if node.alone in ("", job.job_id) and (not node.broken or may_probe(node, now_ms))]
     free.sort(key=lambda node: (node.alone != job.job_id, node.running > 0, node.base_ms))
-    return [score(node, job.est_prompt, len(free)) for node in free]
+    return [score(node, job, len(free)) for node in free]
 
 
 def promise(node: Node, job: QueuedJob) -> None:

@@ -42,6 +42,7 @@ def to_node(view: NodeView, lone: Collection[JobId]) -> Node:
         view.resume,
         view.can,
         view.cannot,
+        view.context_length,
     )
 
 

@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Literal
 
+import msgspec
+
 from gpu_worker.echo_script import (
     CONTEXT_LENGTH,
     BadPrompt,
@@ -62,12 +64,14 @@ class EchoEngine:
         models: Sequence[str] = ("echo",),
         capacity: int = 8,
         knobs: EchoKnobs | None = None,
+        context_length: int = CONTEXT_LENGTH,
         die: Callable[[], None] = kill_this_process,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._models = tuple(models)
         self._capacity = capacity
         self._knobs = knobs or EchoKnobs()
+        self._context_length = context_length
         self._die = die
         self._clock = clock
         self._waiting: deque[_Running] = deque()
@@ -86,18 +90,18 @@ class EchoEngine:
         return EngineInfo(
             kind="echo",
             models=self._models,
-            context_length=CONTEXT_LENGTH,
+            context_length=self._context_length,
             capacity=self._capacity,
             resume_digest=RESUME_DIGEST,
             can=(),
         )
 
     def submit(self, request: GenerateRequest) -> None:
-        script = write_script(request.job, self._knobs)
+        script = write_script(request.job, self._knobs, self._context_length)
         if request.job.logprobs is not None:
             self._refused.append(_piece(request, 0, len(request.forced_text), b"", (), NO_LOGPROBS))
         elif isinstance(script, BadPrompt):
-            end = End("error", error_code=script.code, error_message=script.message, fault="client")
+            end = End("error", error_code=script.code, error_message=script.message, fault="client", outgrown=True)
             self._refused.append(_piece(request, 0, len(request.forced_text), b"", (), end))
         else:
             self._waiting.append(_Running(request, script))
@@ -195,7 +199,7 @@ class EchoEngine:
             end = self._failure(script, end_at)
         elif end_at >= script.tokens:
             end_at = max(end_at, start)
-            end = self._end(script, end_at, script.reason)
+            end = msgspec.structs.replace(self._end(script, end_at, script.reason), outgrown=script.outgrown)
         text = text_of(script.words, start, end_at) if end_at > start else b""
         tokens = tokens_of(script.words, start, end_at)
         batch.append(_piece(running.request, start, running.text_len, text, tokens, end))

@@ -42,6 +42,7 @@ class EchoScript(msgspec.Struct, frozen=True):
     fault: Literal["client", "node"] = "node"
     poison_at: int | None = None
     stall_at: int | None = None
+    outgrown: bool = False  # it ends because the context is full
 
 
 class BadPrompt(msgspec.Struct, frozen=True):
@@ -49,21 +50,22 @@ class BadPrompt(msgspec.Struct, frozen=True):
     message: str
 
 
-def write_script(job: ChatJob, knobs: EchoKnobs) -> EchoScript | BadPrompt:
+def write_script(job: ChatJob, knobs: EchoKnobs, context_length: int = CONTEXT_LENGTH) -> EchoScript | BadPrompt:
     prompt = job.prompt if job.prompt is not None else job.messages[-1].content if job.messages else ""
     found = DIRECTIVE.search(prompt) if "[[" in prompt else None
     orders = parse_directive(found.group(1)) if found else {}
     spoken = DIRECTIVE.sub("", prompt) if found else prompt
     words = tuple(spoken.split()) or ("echo",)
-    if len(words) > CONTEXT_LENGTH:
-        return BadPrompt("context_length_exceeded", f"the prompt has {len(words)} tokens, the context {CONTEXT_LENGTH}")
-    room = CONTEXT_LENGTH - len(words)
+    if len(words) > context_length:
+        return BadPrompt("context_length_exceeded", f"the prompt has {len(words)} tokens, the context {context_length}")
+    room = context_length - len(words)
     limit = room if job.max_tokens is None else min(job.max_tokens, room)
     wanted = orders.get("tokens", len(words))
     tokens = limit if job.ignore_eos else min(wanted, limit)
     reason: Literal["stop", "length"] = "length" if job.ignore_eos or tokens < wanted else "stop"
     if job.stop:
         tokens, reason = cut_at_stop(words, tokens, reason, job.stop)
+    outgrown = reason == "length" and tokens == room and tokens != job.max_tokens
     poisoned = 0 if knobs.poison and knobs.poison in prompt else None
     return EchoScript(
         words=words,
@@ -76,6 +78,7 @@ def write_script(job: ChatJob, knobs: EchoKnobs) -> EchoScript | BadPrompt:
         fault="client" if found and "fault=client" in found.group(1) else "node",
         poison_at=orders.get("poison", poisoned),
         stall_at=orders.get("stall"),
+        outgrown=outgrown,
     )
 
 

@@ -38,6 +38,8 @@ class End(msgspec.Struct, frozen=True):
     fault: Literal["", "client", "node"] = ""  # client: job fails at once; node: requeued elsewhere as node_error
     unable: bool = False  # of an error: this engine cannot do what the job asks for, another one may
     lacks: Capability | None = None  # and it can do this for no job, for now
+    outgrown: bool = False  # only this engine's context was too small: a prompt refused, or `length` before max_tokens
+    tail: bytes = b""  # of an outgrown answer: text that is let out only if it ends here
 
 
 class Piece(msgspec.Struct, frozen=True):

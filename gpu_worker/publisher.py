@@ -53,6 +53,7 @@ class Held:
         "job_id",
         "keeps_tokens",
         "log",
+        "outgrown",
         "overdue",
         "rewound_at",
         "route",
@@ -96,20 +97,31 @@ class Held:
         self.stored_tokens = self.sent_tokens = len(self.tokens)
         self.log = log  # None: the job does not ask for log probabilities
         self.end: End | None = None
+        self.outgrown: End | None = None  # how it ends if no other node has a larger context
         self.rewound_at = 0  # number of the last call issued before the latest rewind
         self.bytes_kept = 0
         self.overdue = False  # cancelled here because its deadline passed
 
     def append(self, piece: Piece) -> None:
         """Raises EngineFault when the piece does not continue the text, or comes after the end."""
-        if piece.text_offset != len(self.text) or self.end is not None:
-            raise EngineFault(f"piece at byte {piece.text_offset} of {len(self.text)}, ended: {self.end is not None}")
+        ended = self.end is not None or self.outgrown is not None
+        if piece.text_offset != len(self.text) or ended:
+            raise EngineFault(f"piece at byte {piece.text_offset} of {len(self.text)}, ended: {ended}")
         self.text += piece.text
         if self.keeps_tokens:
             self.tokens.extend(piece.tokens)
         if self.log is not None:
             self.log.append(piece.logprobs)
-        self.end = piece.end
+        if piece.end is not None and piece.end.outgrown:
+            self.outgrown = piece.end
+        else:
+            self.end = piece.end
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the server has all that there is."""
+        at_end = self.stored_text == len(self.text) and self.stored_tokens == len(self.tokens)
+        return at_end and (self.log is None or self.log.stored == self.log.size)
 
     def rewind(self, text_len: int, token_len: int, logprobs_len: int | None, issued: int) -> None:
         """logprobs_len: None = as far as is known to be stored."""
@@ -181,6 +193,7 @@ class Publisher:
         self._dirty: dict[SequenceId, Held] = {}
         self._kept: dict[SequenceId, tuple[float, Held]] = {}  # oldest first, with the time to forget it
         self._kept_bytes = 0
+        self._outgrown: dict[SequenceId, Held] = {}  # to be offered once all of it is stored
         self._urgent = False
         self._next_s = 0.0  # no flush before this, unless urgent
         self._paused_s = 0.0  # nothing at all before this
@@ -205,7 +218,7 @@ class Publisher:
     @property
     def running(self) -> int:
         """Jobs that the engine still works on."""
-        return sum(1 for held in self._held.values() if held.end is None)
+        return sum(1 for held in self._held.values() if held.end is None and held.outgrown is None)
 
     @property
     def unanswered(self) -> int:
@@ -221,12 +234,14 @@ class Publisher:
     def drop(self, sequence: SequenceId) -> Held | None:
         """Forget a job that is not ours any more, or was handed back."""
         self._dirty.pop(sequence, None)
+        self._outgrown.pop(sequence, None)
         return self._held.pop(sequence, None)
 
     def drop_all(self) -> list[Held]:
         dropped = list(self._held.values())
         self._held.clear()
         self._dirty.clear()
+        self._outgrown.clear()
         self._kept.clear()
         self._kept_bytes = 0
         return dropped
@@ -242,8 +257,10 @@ class Publisher:
         if not held.first_s and (piece.text or piece.tokens):
             held.first_s = now_s
             self._urgent = True  # the first token goes at once
-        if held.end is not None:
+        if piece.end is not None:
             self._urgent = True
+        if held.outgrown is not None:
+            self._outgrown[held.sequence] = held
         self._dirty[held.sequence] = held
         return held
 
@@ -252,6 +269,21 @@ class Publisher:
         held.end = end
         self._urgent = True
         self._dirty[held.sequence] = held
+        self._outgrown.pop(held.sequence, None)
+
+    def take_outgrown(self) -> list[Held]:
+        """Jobs that outgrew this node and are stored as far as they go, each told once."""
+        stored = [held for held in self._outgrown.values() if held.is_stored]
+        for held in stored:
+            del self._outgrown[held.sequence]
+        return stored
+
+    def end_outgrown(self, held: Held) -> None:
+        """No other node has a larger context: it ends here."""
+        end = held.outgrown
+        assert end is not None
+        held.text += end.tail
+        self.end(held, msgspec.structs.replace(end, outgrown=False, tail=b""))
 
     # what goes out
 

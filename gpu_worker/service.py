@@ -24,12 +24,12 @@ from bus.codec.entries import Assignment, parse_assignment, parse_control
 from bus.codec.events import ForeignEntry
 from bus.codec.wire import FinishReply, FlushReply, NotYours, Renewed, RequeueWhy, Superseded, attempt_of
 from bus.ids import Fence, Holder, JobId, NodeId
-from bus.jobs import Capability
 from bus.keys import WORKERS_GROUP
 from bus.link import Entry, LinkDown, LinkError, to_entry
 from bus.settings import Settings
 from gpu_worker.answer_log import TOO_MANY
 from gpu_worker.engine import End, Engine, GenerateRequest, Piece
+from gpu_worker.handing_back import HandingBack
 from gpu_worker.lease import LeaseThread, Tenure
 from gpu_worker.publisher import Call, EngineFault, Held, Publisher
 from gpu_worker.reader import NodeReader
@@ -38,7 +38,6 @@ from gpu_worker.translate import decode_payload, to_finish_piece, to_flush_piece
 TICK_S = 0.25  # deadlines, kept finishes, the sign of life that the lease thread looks for
 STARTED_S = 0.25  # how soon the server learns that a job was begun, so that its worker's death counts as a crash
 SPARE_ROOM = 2  # read ahead of the engine, so that a freed slot is filled without a round trip
-HAND_BACK_TRIES = 5
 LAST_FLUSH_S = 1.0  # of a drain: for what is unsent, and for finishes to be answered
 
 log = logging.getLogger(__name__)
@@ -63,8 +62,10 @@ class NodeService:
         lease: LeaseThread,
         since_ms: int,
         resumes: bool,
+        context_length: int = 0,
     ) -> None:
-        """since_ms: server time from which control entries are meant for this holder. resumes: has a resume digest."""
+        """since_ms: server time from which control entries are meant for this holder. resumes: has a resume digest.
+        context_length: of the engine, 0 = it does not say."""
         self._cell = cell
         self._node = node
         self._holder = holder
@@ -75,7 +76,15 @@ class NodeService:
         self._since_ms = since_ms
         self._resumes = resumes
         self._publisher = Publisher(flush_s=settings.flush_ms / 1000, keep_s=settings.finish_keep_ms / 1000)
-        self._returning: dict[str, Held] = {}  # handed back, not yet answered: still listed, so no crash is counted
+        self._handing = HandingBack(
+            cell,
+            self._publisher,
+            context_length=context_length,
+            retry_s=settings.renew_ms / 1000,
+            spawn=self._spawn,
+            put_away=self._put_away,
+            on_ended=self._pump,
+        )
         self._tenure = Tenure(
             cell.cell,
             node,
@@ -160,12 +169,12 @@ class NodeService:
             sequence = f"{assignment.job_id}/{assignment.fence}"
             if assignment.owner != self._holder:
                 self._spawn(self._return_unread(assignment))
-            elif self._publisher.get(sequence) is not None or sequence in self._returning:
+            elif self._publisher.get(sequence) is not None or sequence in self._handing:
                 continue  # our own pending, read again after a reconnect
             elif self._publisher.repeat_finish(sequence):
                 self._pump()
             elif self.draining.is_set():
-                self._hand_back(to_held(assignment, now_s), "drain", "the worker is stopping")
+                self._handing.hand_back(to_held(assignment, now_s), "drain", "the worker is stopping")
             elif assignment.payload and not assignment.text_len:
                 await self._begin(assignment, assignment.payload, b"", (), now_s)
             else:
@@ -281,7 +290,7 @@ class NodeService:
             broken = self._publisher.get(piece.sequence)
             assert broken is not None
             self._engine.cancel(piece.sequence)
-            self._hand_back(broken, "node_error", str(error))
+            self._handing.hand_back(broken, "node_error", str(error))
             return True
         if held is not None and held.log is not None and held.log.full:
             self._refuse_rest(held)
@@ -289,7 +298,7 @@ class NodeService:
             return piece.end is not None
         if piece.end.reason == "error" and (piece.end.unable or piece.end.fault == "node"):
             why: RequeueWhy = "unable" if piece.end.unable else "node_error"
-            self._hand_back(held, why, f"{piece.end.error_code}: {piece.end.error_message}", piece.end.lacks)
+            self._handing.hand_back(held, why, f"{piece.end.error_code}: {piece.end.error_message}", piece.end.lacks)
         elif held.overdue and piece.end.reason == "cancelled":
             held.end = msgspec.structs.replace(
                 piece.end, reason="error", error_code="deadline_exceeded", error_message="the job's deadline has passed"
@@ -298,7 +307,9 @@ class NodeService:
 
     def _refuse_rest(self, held: Held) -> None:
         """More log probabilities than an answer may have."""
-        if held.end is None:
+        if held.outgrown is not None:
+            self._publisher.end(held, TOO_MANY)
+        elif held.end is None:
             self._engine.cancel(held.sequence)
         else:
             held.end = TOO_MANY
@@ -310,6 +321,7 @@ class NodeService:
             return  # a renewal pumps again
         for call in self._publisher.take(now_s):
             self._spawn(self._send(call))
+        self._handing.offer_stored()
         due_s = self._publisher.due_s()
         if due_s is None:
             return
@@ -367,7 +379,7 @@ class NodeService:
     # what the lease says
 
     def _listed(self) -> list[tuple[JobId, Fence]]:
-        return [*self._publisher.listed(), *((held.job_id, held.fence) for held in list(self._returning.values()))]
+        return [*self._publisher.listed(), *self._handing.listed()]
 
     def _deaf_s(self) -> float:
         return max(time.monotonic() - self._ticked_s - TICK_S, self._reader.deaf_s())
@@ -422,36 +434,9 @@ class NodeService:
                 held.overdue = True
                 self._engine.cancel(held.sequence)
 
-    # handing back
-
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         assert self._group is not None
         self._group.create_task(work)
-
-    def _hand_back(self, held: Held, why: RequeueWhy, detail: str, lacks: Capability | None = None) -> None:
-        """Give a job up; it stays listed until the server knows, so that nobody counts a crash."""
-        self._publisher.drop(held.sequence)
-        self._returning[held.sequence] = held
-        self._spawn(self._requeue(held, why, detail, lacks))
-
-    async def _requeue(self, held: Held, why: RequeueWhy, detail: str, lacks: Capability | None) -> None:
-        try:
-            for _ in range(HAND_BACK_TRIES):
-                try:
-                    outcome = await self._cell.requeue(held.job_id, held.fence, why, detail, lacks)
-                except LinkError as error:
-                    log.warning("job not handed back yet", extra={"job": held.job_id, "error": str(error)})
-                    await asyncio.sleep(self._settings.renew_ms / 1000)
-                    continue
-                if isinstance(outcome, NotYours):
-                    await self._put_away(held.entry_id, f"{held.sequence} is no attempt of this node")
-                else:
-                    log.info(
-                        "job handed back", extra={"job": held.job_id, "fence": held.fence, "why": why, "detail": detail}
-                    )
-                return
-        finally:
-            self._returning.pop(held.sequence, None)
 
     async def _return_unread(self, assignment: Assignment) -> None:
         """An entry for an earlier holder of this node."""
@@ -474,8 +459,8 @@ class NodeService:
         for held in self._publisher:
             if held.end is None:
                 self._engine.cancel(held.sequence)
-                self._hand_back(held, "drain", "the worker is stopping")
-        await self._wait_until(lambda: not len(self._publisher) and not self._returning, LAST_FLUSH_S)
+                self._handing.hand_back(held, "drain", "the worker is stopping")
+        await self._wait_until(lambda: not len(self._publisher) and not self._handing, LAST_FLUSH_S)
 
     async def _announce_drain(self) -> None:
         self.draining.set()

@@ -225,6 +225,7 @@ async def _serve_owned(
         lease=lease,
         since_ms=owned.epoch,
         resumes=bool(info.resume_digest),
+        context_length=info.context_length,
     )
     version, lag = package_version(), LoopLag()
     beater = Beater(

@@ -129,21 +129,29 @@ class CellBase:
         self, job_id: JobId, fence: Fence, why: str, detail: str, lacks: str = ""
     ) -> Requeued | Ended | NotYours:
         """`why` may also be expired | down, which the script resolves to crash, unread or relay_lost."""
+        return to_requeued(job_id, await self._call_requeue(job_id, fence, why, detail, lacks))
+
+    async def _call_requeue(
+        self, job_id: JobId, fence: Fence, why: str, detail: str, lacks: str = "", context: int = 0
+    ) -> list[Any]:
         settings = self.settings
         args: list[str | bytes | int] = [
             *(why, detail[:500], settings.backoff_ms, settings.node_errors_max, settings.crashes_max),
-            *(settings.breaker_ms, settings.breaker_max_ms, lacks),
+            *(settings.breaker_ms, settings.breaker_max_ms, lacks, context, settings.node_ttl_ms),
         ]
-        answer = await self._change("requeue", job_id, args, fence)
-        match answer[0]:
-            case b"requeued":
-                return Requeued(job_id, answer[1].decode(), int(answer[2]), alone=answer[3] == b"1")
-            case b"ended":
-                return Ended(job_id, answer[1].decode(), earlier=len(answer) > 2)
-            case b"not":
-                return NotYours(job_id, answer[1].decode())
-            case _:
-                return NotYours(job_id, "unknown")
+        return await self._change("requeue", job_id, args, fence)
+
+
+def to_requeued(job_id: JobId, answer: list[Any]) -> Requeued | Ended | NotYours:
+    match answer[0]:
+        case b"requeued":
+            return Requeued(job_id, answer[1].decode(), int(answer[2]), alone=answer[3] == b"1")
+        case b"ended":
+            return Ended(job_id, answer[1].decode(), earlier=len(answer) > 2)
+        case b"not":
+            return NotYours(job_id, answer[1].decode())
+        case _:
+            return NotYours(job_id, "unknown")
 
 
 def attempt_named(member: str) -> tuple[JobId, Fence]:

@@ -26,6 +26,7 @@ from bus.codec.wire import (
     QueuedJob,
     QueueView,
     Refused,
+    Requeued,
     Submission,
     attempt_of,
     make_fence,
@@ -162,9 +163,14 @@ class JobCalls(CellBase):
             replies += await self._assign(queue, picks[start : start + PICKS_MAX])
         return replies
 
-    async def end_unserved(self, job_id: JobId, fence: Fence) -> Ended | NotYours:
-        """End a queued job of whose model's nodes none can do what it asks for; NotYours if one may."""
+    async def end_unserved(self, job_id: JobId, fence: Fence) -> Ended | Requeued | NotYours:
+        """End a queued job of whose model's nodes none can do what it asks for; NotYours if one may.
+
+        One that outgrew its nodes is queued again for any of them where no larger context is left, and ends there.
+        """
         answer = await self._change("unserved", job_id, (self.settings.node_ttl_ms,), fence)
+        if answer[0] == b"returned":
+            return Requeued(job_id, "outgrown", 0)
         if answer[0] == b"ended":
             return Ended(job_id, answer[1].decode(), earlier=len(answer) > 2)
         return NotYours(job_id, "unknown" if answer[0] == b"unknown" else answer[1].decode())

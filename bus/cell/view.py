@@ -9,10 +9,10 @@ from bus.ids import NodeId
 
 SHORT_FIELDS = (
     *("owner", "state", "kind", "models", "capacity", "prefill_rate", "decode_rate", "failure", "breaker_n"),
-    *("breaker_until", "alone", "alone_until", "beat_ms", "resume", "can", "cannot", "breaker_probe"),
+    *("breaker_until", "alone", "alone_until", "beat_ms", "resume", "context_length", "can", "cannot", "breaker_probe"),
 )
 FULL_FIELDS = (
-    *("epoch", "layers", "layer_count", "whole", "context_length", "ok", "failed", "client_errors", "api_url", "api"),
+    *("epoch", "layers", "layer_count", "whole", "ok", "failed", "client_errors", "api_url", "api"),
     *("key_id", "gpu_memory_gb", "version", "waiting", "free_blocks", "total_blocks", "drafted", "accepted"),
     *("loop_lag_ms", "loop_lag_max_ms"),
 )

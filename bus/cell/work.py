@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from bus.cell.base import TEXT_IN_END_MAX, CellBase, epoch_of, raise_if_superseded
+from bus.cell.base import TEXT_IN_END_MAX, CellBase, epoch_of, raise_if_superseded, to_requeued
 from bus.codec.wire import (
     Ended,
     Finished,
@@ -12,6 +12,7 @@ from bus.codec.wire import (
     FlushPiece,
     FlushReply,
     Gap,
+    Largest,
     Moved,
     NotYours,
     Requeued,
@@ -87,6 +88,16 @@ class WorkCalls(CellBase):
         lacks: what the node of an `unable` can do for no job, so that others of this kind need not try it.
         """
         return await self._requeue(job_id, fence, why, detail, lacks or "")
+
+    async def outgrow(
+        self, job_id: JobId, fence: Fence, context: int, detail: str = ""
+    ) -> Requeued | Ended | NotYours | Largest:
+        """The job does not fit in the node's context: to a node with a larger one, with all that is stored of it.
+
+        context: tokens, 0 if the node does not say. `Largest`: there is no such node; end it as you would alone.
+        """
+        answer = await self._call_requeue(job_id, fence, "outgrown", detail, context=context)
+        return Largest(job_id) if answer[0] == b"largest" else to_requeued(job_id, answer)
 
     async def hand_back(self, job_id: JobId, fence: Fence, entry_owner: Holder) -> Requeued | Ended | NotYours:
         """A worker read an entry addressed to another owner: requeue it as `unread`."""

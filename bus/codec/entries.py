@@ -272,4 +272,5 @@ def _parse_queued(entry_id: str, fields: Fields) -> QueuedJob:
         resume=read.digest(fields, "resume"),
         needs=read.capabilities(fields, "needs"),
         refused=read.node_ids(fields, "refused") if "refused" in fields else (),
+        outgrown=read.count(fields, "outgrown") if "outgrown" in fields else None,
     )

@@ -151,6 +151,7 @@ class QueuedJob(msgspec.Struct, frozen=True):
     resume: str = ""  # digest whose nodes can go on from its token ids; "" = no progress, or text only
     needs: tuple[str, ...] = ()  # what its node must be able to do
     refused: tuple[NodeId, ...] = ()  # of those to avoid: they said that they cannot, and are never asked again
+    outgrown: int | None = None  # a context of so many tokens was too small for it; 0: one of a node that does not say
 
     @property
     def queued_ms(self) -> int:
@@ -342,9 +343,15 @@ class Renewed(msgspec.Struct, frozen=True):
 
 class Requeued(msgspec.Struct, frozen=True):
     job_id: JobId
-    why: str  # as counted: an expired reservation resolves to crash, unread or relay_lost
+    why: str  # as counted: an expired reservation resolves to crash, unread or relay_lost; or outgrown
     due_ms: int  # 0 = at once; else held back until then
     alone: bool = False
+
+
+class Largest(msgspec.Struct, frozen=True):
+    """No other node may hold what outgrew this one. Nothing was changed."""
+
+    job_id: JobId
 
 
 class Ended(msgspec.Struct, frozen=True):

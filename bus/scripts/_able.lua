@@ -39,14 +39,25 @@ local function is_able(can, cannot, needs)
   return true
 end
 
+-- Which nodes count for a job that outgrew one: those that say a larger context than `tokens`, and, if `unsaid`, those
+-- that do not say (HTTP nodes).
+local function larger_than(tokens, unsaid)
+  return function(context)
+    context = tonumber(context) or 0
+    return context > tokens or (context == 0 and unsaid)
+  end
+end
+
 -- Known nodes of the model that can do it and are not avoided, up to `enough`; `since`: the last beat is no older.
-local function count_able(prefix, model, needs, since, enough, avoid)
+-- holds: of a context, whether it is large enough; nil: any is.
+local function count_able(prefix, model, needs, since, enough, avoid, holds)
   local key, from, count = prefix .. 'model:' .. model, 0, 0
   repeat
     local ids = call('ZRANGEBYSCORE', key, since, '+inf', 'LIMIT', from, 64)
     for _, id in ipairs(ids) do
-      local h = call('HMGET', prefix .. 'node:' .. id, 'state', 'can', 'cannot')
-      if h[1] and h[1] ~= 'bye' and not has_word(avoid, id) and is_able(h[2], h[3], needs) then
+      local h = call('HMGET', prefix .. 'node:' .. id, 'state', 'can', 'cannot', 'context_length')
+      if h[1] and h[1] ~= 'bye' and not has_word(avoid, id) and is_able(h[2], h[3], needs)
+        and (not holds or holds(h[4])) then
         count = count + 1
         if count >= enough then
           return count
@@ -58,13 +69,16 @@ local function count_able(prefix, model, needs, since, enough, avoid)
   return count
 end
 
--- The same of all that are known, away or not, and of those that have left and may come back.
-local function count_known(prefix, model, needs, enough, avoid)
-  local count = count_able(prefix, model, needs, '-inf', enough, avoid)
-  local ids = count < enough and call('ZRANGE', prefix .. 'left:' .. model, 0, 255, 'REV') or {}
+-- The same of all that are known, away or not, and of those that have left and may come back; `since`: nil, or the last
+-- beat and the bye are no older.
+local function count_known(prefix, model, needs, enough, avoid, holds, since)
+  since = since or '-inf'
+  local count = count_able(prefix, model, needs, since, enough, avoid, holds)
+  local ids = count < enough and call('ZRANGE', prefix .. 'left:' .. model, '+inf', since, 'BYSCORE', 'REV', 'LIMIT', 0,
+    256) or {}
   for _, id in ipairs(ids) do
-    local h = call('HMGET', prefix .. 'node:' .. id, 'models', 'can', 'cannot')
-    if has_word(h[1], model) and not has_word(avoid, id) and is_able(h[2], h[3], needs)
+    local h = call('HMGET', prefix .. 'node:' .. id, 'models', 'can', 'cannot', 'context_length')
+    if has_word(h[1], model) and not has_word(avoid, id) and is_able(h[2], h[3], needs) and (not holds or holds(h[4]))
       and not call('ZSCORE', prefix .. 'model:' .. model, id) then
       count = count + 1
       if count >= enough then
@@ -84,12 +98,13 @@ local function is_live(prefix, key, owner)
 end
 
 -- Whether any live node of the model can do it and is not avoided, named by the caller or not; who beat last comes first.
-local function another_lives(prefix, model, avoid, needs)
+local function another_lives(prefix, model, avoid, needs, holds)
   for _, id in ipairs(call('ZRANGE', prefix .. 'model:' .. model, 0, 255, 'REV')) do
     if not has_word(avoid, id) then
       local key = prefix .. 'node:' .. id
-      local h = call('HMGET', key, 'owner', 'state', 'models', 'can', 'cannot')
-      if h[2] == 'up' and has_word(h[3], model) and is_able(h[4], h[5], needs) and is_live(prefix, key, h[1]) then
+      local h = call('HMGET', key, 'owner', 'state', 'models', 'can', 'cannot', 'context_length')
+      if h[2] == 'up' and has_word(h[3], model) and is_able(h[4], h[5], needs) and (not holds or holds(h[6]))
+        and is_live(prefix, key, h[1]) then
         return true
       end
     end

@@ -10,7 +10,7 @@ local out_ttl, result_ttl, text_max, dead_keep, node_keep = tonumber(ARGV[6]), t
 local member = job_id .. '/' .. fence
 
 local names = {'state', 'fence', 'route', 'place', 'spec', 'cancel', 'started', 'crashes', 'node_errors',
-  'relay_losses', 'avoid', 'alone', 'resume', 'refused'}
+  'relay_losses', 'avoid', 'alone', 'resume', 'refused', 'outgrown'}
 local values = call('HMGET', job_key, unpack(names))
 local job = {}
 for i, name in ipairs(names) do
@@ -61,6 +61,18 @@ end
 
 local function wake(queue_name, id)
   call('XADD', wake_key, 'MAXLEN', '~', 1000, '*', 'queue', queue_name, 'job', id)
+end
+
+-- `outgrown` of a job for which no larger context is left: it ends where it goes next.
+local ENDS_ANYWHERE = '-'
+
+-- Whether a job that outgrew contexts of `tokens` may go on at a node that has not refused it. A prompt waits for every
+-- node that is known; an answer that has begun only for one that was there a moment ago, and never goes on at one that
+-- does not say its context: it ends as `length` instead. unsaid: whether a prompt may be tried there.
+local function has_larger(tokens, node_ttl, unsaid)
+  local began = call('STRLEN', text_key) > 0
+  return count_known(prefix, job.model, needs_of(flags), 1, job.refused, larger_than(tokens, unsaid and not began),
+    began and now - node_ttl or nil) > 0
 end
 
 -- The one terminal. Whatever was stored of the text stays as the result. Accounts are written under pcall: a key of
@@ -117,8 +129,11 @@ local function enqueue(due)
     local resume = job.resume ~= '' and call('STRLEN', tokens_key) > 0 and job.resume or ''
     local needs = needs_of(flags)
     local asks = needs and {'needs', concat(needs, ' ')} or {}
-    if job.refused ~= '' then
-      asks[#asks + 1], asks[#asks + 2] = 'refused', job.refused
+    for _, name in ipairs({'refused', 'outgrown'}) do
+      if job[name] ~= '' and job[name] ~= ENDS_ANYWHERE then
+        asks[#asks + 1] = name
+        asks[#asks + 1] = job[name]
+      end
     end
     entry = call('XADD', again_key, '*', 'job', job_id, 'fence', fence, 'out', out_of(route), 'est_prompt',
       job.est_prompt, 'est_new', job.est_new, 'deadline', job.deadline, 'alone', job.alone, 'avoided', job.avoid,

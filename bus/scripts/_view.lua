@@ -2,8 +2,8 @@
 -- One node as the dispatcher and the status see it. The short list comes first in the full one; its last are what the
 -- node has refused to do, and the probe.
 local SHORT = {'owner', 'state', 'kind', 'models', 'capacity', 'prefill_rate', 'decode_rate', 'failure', 'breaker_n',
-  'breaker_until', 'alone', 'alone_until', 'beat_ms', 'resume', 'can', 'cannot', 'breaker_probe'}
-local FULL = {'epoch', 'layers', 'layer_count', 'whole', 'context_length', 'ok', 'failed', 'client_errors', 'api_url',
+  'breaker_until', 'alone', 'alone_until', 'beat_ms', 'resume', 'context_length', 'can', 'cannot', 'breaker_probe'}
+local FULL = {'epoch', 'layers', 'layer_count', 'whole', 'ok', 'failed', 'client_errors', 'api_url',
   'api', 'key_id', 'gpu_memory_gb', 'version', 'waiting', 'free_blocks', 'total_blocks', 'drafted', 'accepted',
   'loop_lag_ms', 'loop_lag_max_ms'}
 local EVERYTHING = {}

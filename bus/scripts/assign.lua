@@ -81,9 +81,11 @@ local function choose_alone(job_id, indexes, refused, needs)
   return n, n.running > 0
 end
 
--- refused: nodes that said they cannot; they are no choice even where there is no other.
-local function choose(avoid, indexes, refused, needs)
-  local passed_over = filled(avoid) and another_lives(prefix, model, avoid, needs)
+-- refused: nodes that said they cannot; they are no choice even where there is no other. outgrown: a context that was too
+-- small; others like it are not what a node to avoid is passed over for.
+local function choose(avoid, indexes, refused, needs, outgrown)
+  local holds = outgrown and larger_than(outgrown, true)
+  local passed_over = filled(avoid) and another_lives(prefix, model, avoid, needs, holds)
   for _, index in ipairs(indexes) do
     local n = node_at(index)
     if may_take(n) and not n.alone and not (passed_over and has_word(avoid, n.id)) and not has_word(refused, n.id)
@@ -115,7 +117,7 @@ for i = 1, pick_count do
     key_at = key_at + 6
   end
   local h = call('HMGET', p.job, 'state', 'fence', 'route', 'place', 'spec', 'payload', 'alone', 'avoid', 'resume',
-    'refused')
+    'refused', 'outgrown')
   p.h = h
   if not h[1] then
     answers[i] = {'gone'}
@@ -141,7 +143,7 @@ for i = 1, pick_count do
         marks[#marks + 1] = {n.key, job_id}
       end
     else
-      n = choose(h[8], indexes, h[10], needs)
+      n = choose(h[8], indexes, h[10], needs, tonumber(h[11] or ''))
     end
     if late then
       answers[i] = {'deadline'}

@@ -1,12 +1,14 @@
 -- use: _change
 -- Hand a running attempt back. The only rule that retries a job.
--- why: crash | node_error | unable | drain | unread | relay_lost, or `expired` and `down`, which are resolved here.
+-- why: crash | node_error | unable | outgrown | drain | unread | relay_lost, or `expired` and `down`, which are resolved here.
 -- lacks: what the node of an `unable` cannot do for any job, '' if only this one was refused.
--- Answers {'requeued', why, due, alone}, {'ended', state}, {'ended', state, 'earlier'}, {'not', state}, {'moved'}, {'unknown'}.
+-- context: of the node of an `outgrown`, in tokens, 0 if it does not say.
+-- Answers {'requeued', why, due, alone}, {'ended', state}, {'ended', state, 'earlier'}, {'not', state}, {'moved'}, {'unknown'},
+-- {'largest'}: it outgrew this node, and no other has a larger context; nothing was changed.
 local why, detail = ARGV[11], ARGV[12]
 local backoff_ms, node_errors_max, crashes_max, breaker_ms, breaker_max = tonumber(ARGV[13]), tonumber(ARGV[14]),
   tonumber(ARGV[15]), tonumber(ARGV[16]), tonumber(ARGV[17])
-local lacks = ARGV[18]
+local lacks, context, node_ttl = ARGV[18], tonumber(ARGV[19]), tonumber(ARGV[20])
 
 local function is_held()
   local score = call('ZSCORE', running_key, member)
@@ -28,7 +30,8 @@ elseif job.state ~= 'running' or (why == 'expired' and is_held()) then
   return {'not', job.state}
 end
 
-local avoid_node = why == 'node_error' or why == 'unable'
+local refuses = why == 'unable' or why == 'outgrown'
+local avoid_node = why == 'node_error' or refuses
 if why == 'expired' or why == 'down' then
   if job.started == '' and not (why == 'down' and was_read()) then
     -- A worker that lives but does not read must not get the same job again and again.
@@ -61,6 +64,17 @@ end
 if avoid_node then
   job.avoid = with_word(job.avoid, node)
 end
+if refuses then
+  job.refused = with_word(job.refused, node)
+end
+
+if why == 'outgrown' then
+  local tokens = math.max(context, tonumber(job.outgrown) or 0)
+  if job.outgrown == ENDS_ANYWHERE or not has_larger(tokens, node_ttl, context > 0) then
+    return {'largest'}
+  end
+  job.outgrown = tokens
+end
 
 -- The node is not asked for this again for a while: others of its kind go elsewhere, or are refused at once.
 local function note_refusal()
@@ -79,9 +93,6 @@ end
 -- The job is not sent back to who has refused it: when no other node is known that can do it, it ends. One that it only
 -- avoids, for an error that may pass, counts, and one that is away or restarts is waited for.
 local needs = needs_of(flags)
-if why == 'unable' then
-  job.refused = with_word(job.refused, node)
-end
 if why == 'unable' and count_known(prefix, job.model, needs, 1, job.refused) == 0 then
   local ended = end_job('failed', 'error', 'unsupported',
     unsupported(concat(needs or {}, ', '), job.model) .. ' (' .. node .. ': ' .. detail .. ')')
@@ -130,8 +141,8 @@ if crashes >= 2 then
 end
 call('HSET', job_key, 'crashes', crashes, 'node_errors', errors, 'relay_losses', losses, 'avoid', job.avoid,
   'alone', job.alone)
-if why == 'unable' then
-  call('HSET', job_key, 'refused', job.refused)
+if refuses then
+  call('HSET', job_key, 'refused', job.refused, 'outgrown', job.outgrown)
 end
 enqueue(due)
 account_failure()

@@ -190,6 +190,7 @@ class RelayEngine:
             error_code=failure.code,
             error_message=failure.message,
             fault=failure.fault,
+            outgrown=failure.code == "context_length_exceeded",
         )
 
     def _end(self, active: _Active, task: asyncio.Task[End]) -> None:

@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Literal
 
+import msgspec
+
 from gpu_worker.engine import End, EngineLoad, Piece
 from gpu_worker.torch_engine.plan import Plan, Work
 from gpu_worker.torch_engine.prompt import Answer
@@ -75,9 +77,12 @@ class EngineCore:
 
     def add(self, answer: Answer) -> list[Piece]:
         """Queue an answer. A forced prefix may already have something to say, or be all there is to say."""
-        if answer.ready_end is not None:
-            return [_piece(answer, answer.ready_text, (), answer.ready_end)]
         sequence = answer.sequence
+        if answer.ready_end is not None:
+            if sequence.outgrows and answer.ready_end.reason == "length":
+                # The next engine lets the same text out of the same tokens.
+                return [_piece(answer, "", (), _outgrown(answer.ready_end, answer.ready_text))]
+            return [_piece(answer, answer.ready_text, (), answer.ready_end)]
         self._answers[sequence.id] = answer
         sequence.arrived_s = self._clock()
         sequence.guesser = Guesser(self._speculate) if self._speculate else None
@@ -218,7 +223,10 @@ class EngineCore:
                 return "".join(texts), tuple(taken), _end(answer, "stop")
             if len(sequence.tokens) >= sequence.total_max:
                 last, reason = answer.finish()
-                return "".join([*texts, last]), tuple(taken), _end(answer, reason)
+                end = _end(answer, reason)
+                if sequence.outgrows:  # what is held back may go on, so that it must not be shown yet
+                    return "".join(texts), tuple(taken), _outgrown(end, last)
+                return "".join([*texts, last]), tuple(taken), end
         return "".join(texts), tuple(taken), None
 
     def _judge(self, work: Work, right: int) -> None:
@@ -238,6 +246,11 @@ class EngineCore:
 def context_max(config_context: int, pool_tokens: int) -> int:
     """Tokens of one sequence, prompt and answer: what the model knows and the pool holds."""
     return min(config_context, pool_tokens)
+
+
+def outgrows(prompt_len: int, max_tokens: int | None, context: int) -> bool:
+    """Whether the context is what ends an answer that does not end by itself."""
+    return max_tokens is None or prompt_len + max_tokens > context
 
 
 def _both(first: StepReport, second: StepReport) -> StepReport:
@@ -262,6 +275,11 @@ def _piece(answer: Answer, text: str, tokens: tuple[int, ...], end: End | None) 
 
 def _end(answer: Answer, reason: Literal["stop", "length", "cancelled"]) -> End:
     return End(reason, prompt_tokens=answer.sequence.prompt_len, new_tokens=answer.sequence.answer_len)
+
+
+def _outgrown(end: End, last: str) -> End:
+    """An end that is the context's; last: the text that it lets out."""
+    return msgspec.structs.replace(end, outgrown=True, tail=last.encode())
 
 
 def _broken(answer: Answer) -> End:

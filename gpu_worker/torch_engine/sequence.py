@@ -63,6 +63,7 @@ class Sequence:
     total_max: int  # never more tokens than this: context, max_tokens and pool, whichever is least
     sampling: SamplingChoice
     ignore_eos: bool = False
+    outgrows: bool = False  # at total_max it is the context that ends it, and not its max_tokens
     state: State = State.WAITING
     cached_len: int = 0  # positions whose keys and values are computed or will be by launched steps; 0 when preempted
     unread: int = 0  # tokens that launched steps draw and the host does not know yet

@@ -146,7 +146,7 @@ def test_a_batch_spreads_over_equal_nodes() -> None:
 
 def test_the_score_keeps_its_terms() -> None:
     terms = score(
-        node("a", promised_prompt=500, promised_new=100, failure=0.5, running=3), est_prompt=250, candidates=2
+        node("a", promised_prompt=500, promised_new=100, failure=0.5, running=3), job(est_prompt=250), candidates=2
     )
 
     assert (terms.wait_ms, terms.prefill_ms, terms.penalty_ms) == (1_500.0, 250.0, 2_000.0)

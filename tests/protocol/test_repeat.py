@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from bus.ids import GatewayId, NodeId
 from bus.link import Link, Script
-from tests.protocol.world import World, chat, make_world
+from tests.protocol.world import MODEL, World, chat, make_world
 
 READS = {"look", "nodes", "job"}
 
@@ -97,9 +97,30 @@ async def what_no_node_can_do(world: World) -> None:
     assert [await world.state(job_id) for job_id in (one.job_id, waiting)] == ["failed", "failed"]
 
 
+async def outgrown(world: World) -> None:
+    used, world.cell.link = world.cell.link, world.link
+    await world.beat("n1", capacity=3, context_length=256)
+    await world.node("n2", context_length=512)
+    world.cell.link = used
+    one = await world.start("n1", stream=True)
+    await world.flush(one, 0, b"abc", 0, [1])
+    await world.cell.outgrow(one.job_id, one.fence, 256)
+    await world.dispatch("n2")
+    (two,) = await world.read("n2")
+    await world.cell.outgrow(two.job_id, two.fence, 512)
+    await world.finish(two, 3, reason="length")
+    prompt = await world.start("n1")
+    await world.cell.outgrow(prompt.job_id, prompt.fence, 256)
+    await world.link.send("ZREM", world.cell.keys.model(MODEL), "n2")
+    await world.cell.end_unserved(prompt.job_id, prompt.fence)
+    await world.dispatch("n1")
+    (again,) = await world.read("n1")
+    await world.finish(again, reason="error", error_code="context_length_exceeded", fault="client")
+
+
 SCENARIOS = [
     *(plain_job, node_error_and_retry, three_crashes, cancels, take_over, death_and_return, deadlines),
-    what_no_node_can_do,
+    *(what_no_node_can_do, outgrown),
 ]
 
 

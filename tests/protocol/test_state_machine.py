@@ -49,7 +49,8 @@ from tests.protocol.world import World, chat, make_world
 
 NODES = ("a", "b")
 CAPACITY = {"a": 2, "b": 1}
-WHYS = ("crash", "node_error", "unable", "drain", "unread", "relay_lost")
+CONTEXT = {"a": 256, "b": 512}
+WHYS = ("crash", "node_error", "unable", "outgrown", "drain", "unread", "relay_lost")
 # Long times: they pass only when the machine says so, however slow it runs.
 SETTINGS = Settings(
     queue_max=6, lease_ms=600_000, unread_ms=600_000, alone_ms=600_000, out_ttl_ms=900_000, node_ttl_ms=600_000
@@ -88,8 +89,11 @@ class CellMachine(RuleBasedStateMachine):
         self.world: World = await make_world(self.link, self.cell_index, SETTINGS)
         await self.world.cell.lease("g2")
         for name in NODES:
-            await self.world.node(name, capacity=CAPACITY[name], resume="d" if name == "a" else "")
+            await self.world.node(name, **self.abilities(name))
         await self.world.end_grace()
+
+    def abilities(self, name: str) -> dict[str, Any]:
+        return {"capacity": CAPACITY[name], "resume": "d" if name == "a" else "", "context_length": CONTEXT[name]}
 
     def teardown(self) -> None:
         self.run(self.link.close())
@@ -137,6 +141,8 @@ class CellMachine(RuleBasedStateMachine):
         names = tuple(NodeId(name) for name in order)
         view = await cell.look()
         for queue in view.queues:
+            for head in queue.heads if twice else ():
+                await cell.end_unserved(head.job_id, head.fence)
             picks = [Pick(h.entry_id, h.job_id, h.fence, h.out, names, new_nonce()) for h in queue.heads]
             await cell.assign(queue.queue, picks)
             if twice:  # another dispatcher that looked at the same time
@@ -194,8 +200,11 @@ class CellMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.attempts)
     @rule(which=any_one, why=st.sampled_from(WHYS))
     def requeue(self, which: int, why: Any) -> None:
-        one, _, _ = self.attempt(which)
-        self.run(self.world.cell.requeue(one.job_id, one.fence, why, "machine"))
+        one, node, _ = self.attempt(which)
+        if why == "outgrown":
+            self.run(self.world.cell.outgrow(one.job_id, one.fence, CONTEXT[node], "machine"))
+        else:
+            self.run(self.world.cell.requeue(one.job_id, one.fence, why, "machine"))
 
     @rule(name=nodes, listed=st.booleans())
     def renew(self, name: str, listed: bool) -> None:
@@ -231,7 +240,7 @@ class CellMachine(RuleBasedStateMachine):
             self.beat(name)
 
     def beat(self, name: str) -> None:
-        self.run(self.world.beat(name, capacity=CAPACITY[name], resume="d" if name == "a" else ""))
+        self.run(self.world.beat(name, **self.abilities(name)))
 
     @rule(
         name=nodes, what=st.sampled_from(("reservations", "hold-backs", "beat", "deadline", "gateway")), which=any_one

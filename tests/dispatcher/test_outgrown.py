@@ -1,0 +1,163 @@
+"""Nodes of one model with unequal contexts: jobs go where they seem to fit, and on to where more is said."""
+
+import random
+
+import pytest
+from msgspec.structs import replace
+
+from bus.cell import Cell
+from bus.codec.wire import Assigned, NodeView, Pick, QueueView, new_nonce
+from bus.ids import JobId, ModelName, NodeId
+from bus.keys import queue_name
+from dispatcher.plan import SHORTLIST, plan, rounded_up, unserved
+from dispatcher.rank import Node
+from dispatcher.views import to_nodes
+from tests.conftest import wait_until
+from tests.dispatcher.conftest import Dispatching
+from tests.dispatcher.hands import MODEL, HandNode, submit
+from tests.dispatcher.test_capabilities import QUEUE, seen, view
+from tests.dispatcher.test_rank import job, node, order
+
+SMALL, BIG = 256, 8192
+
+
+def test_a_job_that_seems_too_long_goes_to_a_larger_context_even_a_busier_one() -> None:
+    nodes = [node("small", context=SMALL), node("big", context=BIG, promised_new=10)]
+
+    assert order(job(est_prompt=100, est_new=50), nodes)[0] == "small"
+    assert order(job(est_prompt=100, est_new=200), nodes)[0] == "big"
+    assert order(job(est_prompt=300, est_new=10), nodes)[0] == "big"
+
+
+def test_a_node_that_does_not_say_its_context_is_taken_as_large_enough() -> None:
+    assert order(job(est_prompt=300), [node("small", context=SMALL), node("unsaid", promised_new=10)])[0] == "unsaid"
+
+
+def test_an_answer_may_seem_too_long_where_going_on_elsewhere_costs_less_than_waiting() -> None:
+    """Clients ask for far more tokens than they get: nodes must not stand idle for that."""
+    nodes = [node("small", context=SMALL), node("big", context=BIG, promised_new=500)]
+
+    assert order(job(est_prompt=100, est_new=4_000), nodes)[0] == "small"
+    assert order(job(est_prompt=300, est_new=4_000), nodes)[0] == "big", "a prompt that does not fit gains nothing"
+
+
+def test_an_estimate_refuses_nothing() -> None:
+    full = node("big", context=BIG, running=8)
+
+    assert order(job(est_prompt=300), [node("small", context=SMALL), full]) == ["small"]
+
+
+def test_a_job_that_outgrew_a_node_goes_to_the_largest_context_and_to_none_that_is_as_small() -> None:
+    nodes = [
+        node("small", context=SMALL),
+        node("twin", context=SMALL),
+        node("middle", context=512),
+        node("unsaid"),
+        node("big", context=BIG, promised_new=900),
+    ]
+    outgrown = replace(job(est_prompt=10, avoid=("small",)), refused=(NodeId("small"),), outgrown=SMALL)
+
+    assert order(outgrown, nodes) == ["big", "middle", "unsaid"]
+    assert order(replace(outgrown, resume="d"), nodes) == ["big", "middle"], "an answer that has begun"
+    assert order(replace(outgrown, outgrown=0, refused=(NodeId("unsaid"),)), nodes)[0] == "big"
+    assert order(outgrown, nodes[:2]) == []
+    assert order(replace(outgrown, alone=True), nodes[:3]) == ["middle"]
+
+
+def chosen(jobs: int, nodes: list[Node], est_prompt: int) -> list[str]:
+    waiting = tuple(job(f"c0-{index}", est_prompt=est_prompt) for index in range(jobs))
+    queues = [QueueView(QUEUE, jobs, waiting)]
+    return [one.scores[0].node for one in plan(queues, {ModelName(MODEL): nodes}, 1, 0, random.Random(1).random)]
+
+
+def test_the_few_large_contexts_of_a_large_fleet_are_found_until_they_are_full() -> None:
+    """They are more loaded than the 64 nodes that are compared."""
+    small = [node(f"small{at}", context=SMALL, capacity=1) for at in range(2 * SHORTLIST)]
+    big = [node(f"big{at}", context=BIG, capacity=2, promised_new=100) for at in range(2)]
+
+    assert set(chosen(4, [*small, *big], 100)) <= {one.node for one in small}
+    taken = chosen(6, [*small, *big], 300)
+
+    assert sorted(taken[:4]) == ["big0", "big0", "big1", "big1"]
+    assert all(name.startswith("small") for name in taken[4:])
+
+
+def test_a_pass_looks_for_long_contexts_once_for_jobs_of_like_length() -> None:
+    """Else a few long jobs would hold up the dispatcher's loop for as long as the fleet is large."""
+    looked = 0
+
+    class Counted(int):
+        def __ge__(self, other: int) -> bool:
+            nonlocal looked
+            looked += 1
+            return int.__ge__(self, other)
+
+    fleet = [node(f"n{at}", context=Counted(BIG if at % 7 else SMALL), promised_new=at) for at in range(300)]
+    fleet[:SHORTLIST] = [node(f"s{at}", context=SMALL) for at in range(SHORTLIST)]
+
+    assert all(name.startswith("n") for name in chosen(64, fleet, 300))
+    assert looked <= len(fleet) + 64 * (SHORTLIST + 10), "all once, and a few for each job"
+
+
+@pytest.mark.parametrize(("tokens", "size"), [(1, 1), (7, 7), (9, 10), (300, 320), (5000, 5120), (8192, 8192)])
+def test_lengths_are_rounded_up_by_at_most_a_quarter(tokens: int, size: int) -> None:
+    assert rounded_up(tokens) == size
+
+
+def test_jobs_for_which_no_larger_context_lives_are_asked_about() -> None:
+    outgrown = replace(job("j", avoid=("small",)), refused=(NodeId("small"),), outgrown=SMALL)
+
+    def waits_in_vain(*nodes: NodeView) -> bool:
+        shown = view(outgrown, *nodes)
+        return bool(unserved(shown.queues, shown, to_nodes(shown)))
+
+    small, big = seen("small", context_length=SMALL), seen("big", context_length=BIG)
+    assert waits_in_vain(small)
+    assert waits_in_vain(small, seen("twin", context_length=SMALL))
+    assert waits_in_vain(small, replace(big, alive=False))
+    assert not waits_in_vain(small, replace(big, running=4)), "a full one will have room"
+    assert not waits_in_vain(replace(small, alive=False)), "without any node it waits like all others"
+
+
+async def test_a_job_that_outgrows_its_node_reaches_the_larger_one(cell: Cell, dispatching: Dispatching) -> None:
+    small = await HandNode.join(cell, "small", context_length=SMALL)
+    async with dispatching():
+        await submit(cell, "seems_short", est_prompt=10, est_new=5)
+        await wait_until(small.running)
+        (one,) = await small.take()
+        big = await HandNode.join(cell, "big", context_length=BIG)
+
+        await cell.outgrow(one.job_id, one.fence, SMALL)
+        await submit(cell, "seems_long", est_prompt=300)
+
+        await wait_until_running(big, 2)
+
+    assert {one.job_id for one in await big.take()} == {"c0-seems_short", "c0-seems_long"}
+
+
+async def wait_until_running(node: HandNode, count: int) -> None:
+    async def is_running() -> bool:
+        return await node.running() == count
+
+    await wait_until(is_running)
+
+
+async def test_a_job_that_waits_for_a_larger_context_in_vain_is_given_to_any_node(
+    cell: Cell, dispatching: Dispatching
+) -> None:
+    small = await HandNode.join(cell, "small", context_length=SMALL)
+    big = await HandNode.join(cell, "big", context_length=BIG)
+    await submit(cell, "j")
+    shown = await cell.look()
+    from_queue = shown.queues[0].heads[0]
+    pick = Pick(from_queue.entry_id, from_queue.job_id, from_queue.fence, from_queue.out, (small.node,), new_nonce())
+    (given,) = await cell.assign(queue_name(ModelName(MODEL), 1), [pick])
+    assert isinstance(given, Assigned)
+    await cell.outgrow(given.job_id, given.fence, SMALL)
+    await cell.link.send("ZREM", cell.keys.model(ModelName(MODEL)), big.node)
+    await small.take()
+
+    async with dispatching():
+        await wait_until(small.running)
+
+    assert [one.job_id for one in await small.take()] == [JobId("c0-j")]

@@ -1,0 +1,279 @@
+"""A job that outgrows a node's context goes on at a node with a larger one, and ends where there is none."""
+
+from typing import Any
+
+import pytest
+
+from bus.codec.entries import Assignment
+from bus.codec.events import NodeBye
+from bus.codec.wire import Assigned, Ended, Largest, NotAssigned, NotYours, QueuedJob, Requeued
+from bus.ids import JobId, NodeId
+from tests.protocol.test_logprobs import asking
+from tests.protocol.world import MODEL, SETTINGS, World
+
+
+async def outgrow(world: World, one: Assignment, context: int) -> Requeued | Ended | NotYours | Largest:
+    return await world.cell.outgrow(one.job_id, one.fence, context, "too long")
+
+
+async def heads(world: World) -> list[QueuedJob]:
+    return [job for queue in (await world.cell.look()).queues for job in queue.heads]
+
+
+async def assigned(world: World, job_id: JobId, *nodes: str) -> Assignment:
+    (answer,) = await world.dispatch(*nodes)
+    assert isinstance(answer, Assigned), answer
+    return next(one for one in await world.read(answer.node) if one.job_id == job_id)
+
+
+async def last_beat(world: World, node: str, ago_ms: int) -> None:
+    """It has been silent for so long, but is still known."""
+    now_ms = (await world.cell.look()).now_ms
+    await world.link.send("DEL", world.cell.keys.node_alive(NodeId(node)))
+    await world.link.send("ZADD", world.cell.keys.model(MODEL), now_ms - ago_ms, node)
+
+
+async def leave(world: World, node: str, ago_ms: int) -> None:
+    holder = world.holders[NodeId(node)]
+    await world.publish(NodeBye(NodeId(node), int(holder.rpartition(".")[2])))
+    now_ms = (await world.cell.look()).now_ms
+    await world.link.send("ZADD", world.cell.keys.left(MODEL), now_ms - ago_ms, node)
+
+
+async def begin(world: World, node: str, **more: Any) -> Assignment:
+    """A job that has begun its answer there."""
+    one = await world.start(node, **more)
+    await world.flush(one, 0, b"abc", 0, [1, 2, 3])
+    return one
+
+
+async def test_a_prompt_that_is_too_long_for_its_node_goes_to_a_larger_one_and_is_held_against_nobody(world: World):
+    await world.node("small", context_length=256)
+    await world.node("big", context_length=8192)
+    one = await world.start("small")
+
+    reply = await outgrow(world, one, 256)
+    (head,) = await heads(world)
+    vain = await world.dispatch("small")
+    two = await assigned(world, one.job_id, "small", "big")
+
+    assert reply == Requeued(one.job_id, "outgrown", 0)
+    assert (head.outgrown, head.refused, head.avoid) == (256, ("small",), ("small",))
+    assert vain == [NotAssigned(one.job_id, "no_room")]
+    assert two.owner == world.holders[NodeId("big")]
+    record, small = await world.cell.job(one.job_id), await world.cell.node(NodeId("small"))
+    assert record is not None and (record.crashes, record.node_errors) == (0, 0)
+    assert small is not None and (small.failed, small.client_errors, small.breaker_n) == (0, 0, 0)
+    assert await world.running("small") == [] and await world.pending("small") == 0
+
+
+async def test_an_answer_goes_on_with_all_that_is_stored_of_it(world: World):
+    await world.node("small", context_length=256)
+    await world.node("big", context_length=8192)
+    one = await begin(world, "small", stream=True)
+
+    reply = await outgrow(world, one, 256)
+    two = await assigned(world, one.job_id, "small", "big")
+    await world.finish(two, 3, b"def", new_tokens=6, reason="stop")
+
+    assert isinstance(reply, Requeued)
+    assert (two.text_len, two.token_len) == (3, 3)
+    assert [frame.text for frame in await world.frames()] == [b"abc", b"def"]
+    assert [(end.state, end.text_len) for end in await world.ends()] == [("done", 6)]
+
+
+@pytest.mark.parametrize("others", [{}, {"twin": 256}, {"less": 100}])
+@pytest.mark.parametrize("begun", [True, False])
+async def test_without_a_larger_context_nothing_is_changed(world: World, others: dict[str, int], begun: bool):
+    await world.node("small", context_length=256)
+    for name, context in others.items():
+        await world.node(name, context_length=context)
+    one = await begin(world, "small") if begun else await world.start("small")
+    before = await world.dump()
+
+    reply = await outgrow(world, one, 256)
+
+    assert reply == Largest(one.job_id)
+    assert await world.dump() == before
+    await world.finish(one, one.text_len + 3 * begun, b"", reason="length")
+    assert [end.reason for end in await world.ends()] == ["length"]
+
+
+async def test_a_node_that_does_not_say_its_context_is_tried_with_a_prompt_only(world: World):
+    """It would have to say the answer again, in words that may differ."""
+    await world.node("small", context_length=256)
+    await world.http_node("h1")
+    prompt, answer = await world.start("small"), await begin(world, "small")
+
+    assert isinstance(await outgrow(world, prompt, 256), Requeued)
+    assert isinstance(await outgrow(world, answer, 256), Largest)
+
+
+async def test_what_a_node_refused_that_does_not_say_is_tried_only_where_more_is_said_than_was_tried(world: World):
+    """Else a hopeless prompt would be sent to each of a hundred HTTP nodes."""
+    for name in ("h1", "h2"):
+        await world.http_node(name, relay=f"relay.{name}")
+    one = await world.start("h1")
+
+    alone = await outgrow(world, one, 0)
+    await world.node("small", context_length=256)
+    first = await outgrow(world, one, 0)
+    (head,) = await heads(world)
+    two = await assigned(world, one.job_id, "small")
+    second = await outgrow(world, two, 256)
+    three = await assigned(world, one.job_id, "h2")
+    last = await outgrow(world, three, 0)
+
+    assert alone == Largest(one.job_id)
+    assert isinstance(first, Requeued) and head.outgrown == 0
+    assert isinstance(second, Requeued)
+    assert last == Largest(one.job_id)
+
+
+async def test_a_node_that_refused_once_is_not_asked_again(world: World):
+    await world.node("small", context_length=256)
+    await world.node("middle", context_length=512)
+    one = await world.start("small")
+    await outgrow(world, one, 256)
+    two = await assigned(world, one.job_id, "middle")
+
+    assert await outgrow(world, two, 300) == Largest(one.job_id)  # middle says 512 in its beats
+
+
+async def test_a_node_to_avoid_is_not_passed_over_for_one_that_is_too_small(world: World):
+    await world.node("small", context_length=256)
+    await world.node("less", context_length=100)
+    await world.node("big", context_length=8192)
+    one = await world.start("big")
+    await world.cell.requeue(one.job_id, one.fence, "node_error")
+    await world.link.send("HSET", world.cell.keys.node(NodeId("big")), "breaker_n", 0)
+    await world.end_grace()
+    await world.age_late()
+    await world.sweep()
+    two = await assigned(world, one.job_id, "small")
+    await outgrow(world, two, 256)
+
+    three = await assigned(world, one.job_id, "big")
+
+    assert three.owner == world.holders[NodeId("big")]
+
+
+AWAY = ["lease", "silent", "bye"]
+
+
+async def send_away(world: World, node: str, how: str, ago_ms: int) -> None:
+    match how:
+        case "lease":
+            await world.age_lease(world.holders[NodeId(node)])
+            await last_beat(world, node, ago_ms)
+        case "silent":
+            await last_beat(world, node, ago_ms)
+        case _:
+            await leave(world, node, ago_ms)
+
+
+@pytest.mark.parametrize("how", AWAY)
+async def test_a_prompt_waits_for_a_larger_node_that_is_away(world: World, how: str):
+    await world.node("small", context_length=256)
+    await world.node("big", context_length=8192)
+    one = await world.start("small")
+    await send_away(world, "big", how, 10 * SETTINGS.node_ttl_ms)
+
+    reply = await outgrow(world, one, 256)
+    vain = await world.cell.end_unserved(one.job_id, one.fence)
+    meanwhile = await world.dispatch("small")
+    await world.age_lease(world.holders[NodeId("big")])
+    await world.node("big", context_length=8192)
+    two = await assigned(world, one.job_id, "small", "big")
+
+    assert isinstance(reply, Requeued)
+    assert vain == NotYours(one.job_id, "queued")
+    assert meanwhile == [NotAssigned(one.job_id, "no_room")]
+    assert two.owner == world.holders[NodeId("big")]
+
+
+@pytest.mark.parametrize("how", AWAY)
+@pytest.mark.parametrize("recent", [True, False])
+async def test_an_answer_waits_only_for_a_larger_node_that_was_there_a_moment_ago(world: World, how: str, recent: bool):
+    """A restart takes seconds; after that `length` is better than silence."""
+    await world.node("small", context_length=256)
+    await world.node("big", context_length=8192)
+    one = await begin(world, "small")
+    await send_away(world, "big", how, SETTINGS.node_ttl_ms // 2 if recent else SETTINGS.node_ttl_ms + 1000)
+
+    reply = await outgrow(world, one, 256)
+
+    assert isinstance(reply, Requeued if recent else Largest)
+
+
+async def test_an_answer_that_waited_in_vain_ends_at_any_node_as_it_would_have(world: World):
+    await world.node("small", context_length=256)
+    await world.node("big", context_length=8192)
+    one = await begin(world, "small")
+    await last_beat(world, "big", 0)
+    await outgrow(world, one, 256)
+
+    hoping = await world.cell.end_unserved(one.job_id, one.fence)
+    await last_beat(world, "big", SETTINGS.node_ttl_ms + 1000)
+    returned = await world.cell.end_unserved(one.job_id, one.fence)
+    (head,) = await heads(world)
+    two = await assigned(world, one.job_id, "small")
+    last = await outgrow(world, two, 256)
+    await world.finish(two, 3, b"", reason="length")
+
+    assert hoping == NotYours(one.job_id, "queued")
+    assert returned == Requeued(one.job_id, "outgrown", 0)
+    assert (head.outgrown, head.refused) == (None, ())
+    assert two.text_len == two.token_len == 3
+    assert last == Largest(one.job_id)
+    assert [(end.state, end.reason, end.text_len) for end in await world.ends()] == [("done", "length", 3)]
+
+
+async def test_a_prompt_whose_larger_node_was_removed_ends_at_any_node(world: World):
+    await world.node("small", context_length=256)
+    await world.node("big", context_length=8192)
+    one = await world.start("small")
+    await outgrow(world, one, 256)
+    await world.link.send("ZREM", world.cell.keys.model(MODEL), "big")
+    await world.link.send("DEL", world.cell.keys.node_alive(NodeId("big")))
+
+    returned = await world.cell.end_unserved(one.job_id, one.fence)
+    two = await assigned(world, one.job_id, "small")
+
+    assert isinstance(returned, Requeued)
+    assert await outgrow(world, two, 256) == Largest(one.job_id)
+
+
+async def test_a_larger_node_that_cannot_do_what_the_job_asks_for_does_not_count(world: World):
+    await world.node("small", context_length=256, can=("logprobs",))
+    await world.node("big", context_length=8192, can=())
+    one = await world.start("small", job=asking())
+
+    assert await outgrow(world, one, 256) == Largest(one.job_id)
+
+
+async def test_a_cancelled_or_late_job_ends_though_a_larger_node_is_there(world: World):
+    await world.node("small", context_length=256)
+    await world.node("big", context_length=8192)
+    one, two = await world.start("small"), await world.start("small")
+    await world.cell.cancel(one.job_id, "me")
+    await world.age_deadline(two.job_id)
+
+    assert await outgrow(world, one, 256) == Ended(one.job_id, "cancelled")
+    assert await outgrow(world, two, 256) == Ended(two.job_id, "failed")
+
+
+async def test_a_zombie_and_a_repeated_call_change_nothing(world: World):
+    await world.node("small", context_length=256)
+    await world.node("big", context_length=8192)
+    one = await begin(world, "small")
+    await outgrow(world, one, 256)
+    queued = await outgrow(world, one, 256)
+    two = await assigned(world, one.job_id, "big")
+    before = await world.dump()
+
+    again = await outgrow(world, one, 256)
+
+    assert (queued, again) == (NotYours(one.job_id, "queued"), NotYours(one.job_id, "fence"))
+    assert await world.dump() == before
+    assert await world.running("big") == [f"{two.job_id}/{two.fence}"]
