@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 
 from gpu_worker.torch_engine.interval import OwnInterval
+from gpu_worker.torch_engine.least_chunk import SHORTEST, LeastChunk
 from gpu_worker.torch_engine.step_time import Load, Piece, StepTime, load_of
 
 FOLLOW = 0.1  # weight of the newest value in the moving averages
 PREFILL_MEMORY = 2048  # prompt tokens after which what was measured before counts half
 CHUNK_S = 0.5  # a longer chunk computes hardly faster, and whoever could be answered in between would wait for it
 CHUNK_MOST_S = 2.0  # on machines where it does: large models, whose weights take that long to read
-STALL = 2.0  # of its own token intervals that a running answer waits for a prompt, per step
-BROKEN = 2.0  # times what one prompt token takes beside the answers, where even that is longer than they were promised
+STALL = 2.0  # of its own token intervals that a running answer waits for a prompt, per step, where nothing else is said
+ADDED_LEAST = 0.02  # of the answers' interval: what a chunk adds at least, as far as a measurement can tell
 AIM = 0.9  # of that: what is between two steps takes time too
 CAREFUL = 2.33  # standard deviations that one step in a hundred takes longer than expected: all others keep the promise
 NOISE_HEEDED = 0.1  # a machine noisier than this stalls answers itself; prompts must get on nevertheless
@@ -28,9 +29,12 @@ EVEN = 0.8  # of the prompt tokens per second of a longer step: a shorter one is
 class Rates:
     """Of one engine. Nothing is forgotten while it idles: it is as fast afterwards as it was before."""
 
-    def __init__(self) -> None:
+    def __init__(self, stall: float = STALL) -> None:
+        self.stall = stall
         self.step_time = StepTime()
         self._interval = OwnInterval(self.step_time)
+        self._least = LeastChunk()
+        self._changes = 0  # of the machine's speed
         self.sequence_tokens = 512.0  # what a finished sequence held, for the capacity
         self._prompt_tokens = 0.0  # lately computed ones, those from the prefix cache left out ...
         self._prompt_s = 0.0  # ... and what they took
@@ -55,13 +59,14 @@ class Rates:
         if not (decode or prefill) or not 0.0 < seconds < math.inf:
             return
         load = load_of(decode, prefill)
-        self.step_time.observe(load, seconds)
+        believed_s = self.step_time.observe(load, seconds)
         if decode:
             self._interval.observe(load, seconds)
+            self._observe_chunk(decode, sum(count for _, count in prefill), seconds)
             given = len(decode) if new_tokens is None else new_tokens
             self._row_tokens = _follow(self._row_tokens, given / len(decode))
         if prefill:
-            self._observe_prefill(decode, prefill, seconds)
+            self._observe_prefill(decode, prefill, believed_s)
 
     def prompt_budget(
         self, *, chunk_max: int, answers: Sequence[Piece], settled: int, prompts: Iterable[Piece], arriving: int
@@ -77,7 +82,17 @@ class Rates:
             settled=settled,
             prompts=prompts,
             arriving=arriving,
+            stall=self.stall,
+            least=self._least.tokens,
         )
+
+    def _observe_chunk(self, decode: Sequence[Piece], tokens: int, seconds: float) -> None:
+        if self.step_time.changes > self._changes:
+            self._changes = self.step_time.changes
+            self._least.forget()
+        if tokens:
+            interval_s = self._interval.seconds(load_of(decode))
+            self._least.observe(tokens, max(seconds - interval_s, ADDED_LEAST * interval_s))
 
     def _observe_prefill(self, decode: Sequence[Piece], prefill: Sequence[Piece], seconds: float) -> None:
         """Sums, so that a short chunk weighs as much as it took; of a mixed step the decode pieces' share is theirs."""
@@ -101,6 +116,8 @@ def prompt_budget(
     settled: int,
     prompts: Iterable[Piece],
     arriving: int,
+    stall: float = STALL,
+    least: int = SHORTEST,
 ) -> int:
     """Prompt tokens of the next step, at least 1.
 
@@ -108,11 +125,10 @@ def prompt_budget(
     first token SETTLED_S ago, or before the first of the prompts came; prompts: (computed, still to compute) of each
     prompt in the order in which they are taken; arriving: how many wait for their first token.
 
-    So few tokens that the answers wait at most STALL of their own intervals longer; while more prompts arrive than
+    So few tokens that the answers wait at most `stall` of their own intervals longer; while more prompts arrive than
     settled answers run, in proportion longer, since all of these wait too. In any case about CHUNK_S, and no further
     than to the end of a prompt if that is about as fast: its first token need not wait for a part of the next prompt.
-    Where a single token breaks the promise already, as many as take BROKEN times as long: a chunk costs the answers
-    about the same whatever its size, and chunks of one token would come two thousand times.
+    Never fewer than `least`, which cost about as much as any chunk does.
     """
     wanted = list(first_tokens(prompts, chunk_max))
     most = max(1, sum(count for _, count in wanted))
@@ -122,22 +138,20 @@ def prompt_budget(
     def load(tokens: int) -> Load:
         return load_of(answers, first_tokens(wanted, tokens))
 
-    least_s = step_time.expected_s(load(1))
-    chunk_s = max(CHUNK_S, min(CHUNK_MOST_S, least_s / (1 - EVEN)))
-    patience_s = STALL * AIM * max(1.0, arriving / settled) * interval_s if settled else chunk_s
-    broken = least_s > interval_s + patience_s
-    limit_s = interval_s + min(chunk_s, BROKEN * least_s - interval_s if broken else patience_s)
+    chunk_s = max(CHUNK_S, min(CHUNK_MOST_S, step_time.expected_s(load(1)) / (1 - EVEN)))
+    patience_s = stall * AIM * max(1.0, arriving / settled) * interval_s if settled else chunk_s
+    limit_s = interval_s + min(chunk_s, patience_s)
     noise = min(step_time.noise, NOISE_HEEDED)
 
     def fits(tokens: int) -> bool:
-        promised = arriving <= settled and not broken
-        doubt = math.hypot(step_time.doubt(load(tokens), load(0)), noise) if promised else 0.0
+        doubt = math.hypot(step_time.doubt(load(tokens), load(0)), noise) if arriving <= settled else 0.0
         return step_time.expected_s(load(tokens)) * math.exp(CAREFUL * doubt) <= limit_s
 
     def token_s(tokens: int) -> float:
         return step_time.expected_s(load(tokens)) / tokens
 
-    return _first_end([count for _, count in wanted], _largest(most, fits), token_s)
+    chosen = max(_largest(most, fits), min(least, most))
+    return _first_end([count for _, count in wanted], chosen, token_s)
 
 
 def first_tokens(prompts: Iterable[Piece], tokens: int) -> Iterator[Piece]:

@@ -47,7 +47,7 @@ class Load:
     """What a step computes, as far as its time depends on it."""
 
     tokens: int = 0
-    chunks: int = 0  # pieces of prompts; decode pieces are computed together
+    chunks: int = 0  # pieces of prompts of more than one token; pieces of one are computed together
     keys: int = 0  # that the pieces look at, each piece's counted once
     pairs: float = 0.0  # of a token and a key that it looks at
 
@@ -60,7 +60,7 @@ class Load:
 
 def load_of(decode: Iterable[Piece], prefill: Iterable[Piece] = ()) -> Load:
     pieces = list(prefill)
-    chunks = len(pieces)
+    chunks = sum(count > 1 for _, count in pieces)
     pieces += decode
     return Load(
         tokens=sum(count for _, count in pieces),
@@ -95,13 +95,15 @@ class StepTime:
             shares -= _shares(self._parts(than))
         return math.sqrt(max(0.0, float(shares @ self._covariance @ shares)))
 
-    def observe(self, load: Load, seconds: float) -> None:
+    def observe(self, load: Load, seconds: float) -> float:
+        """Learn from a step. Returns the seconds that are believed: of a late one no more than its bounded weight."""
         if not 0.0 < seconds < math.inf:
-            return
+            return self.expected_s(load)
         self._drift()
         parts = self._parts(load)
         shares = _shares(parts)  # the derivative of the log of the sum
-        missed = math.log(seconds / parts.sum())
+        expected_s = float(parts.sum())
+        missed = math.log(seconds / expected_s)
         toward = self._covariance @ shares
         unknown = float(shares @ toward)
         if self._is_new_speed(missed, math.sqrt(unknown + self.noise**2)):
@@ -118,6 +120,7 @@ class StepTime:
         self._covariance -= numpy.outer(toward, toward) / variance
         self._learn_noise(believed, unknown)
         self.steps += 1
+        return expected_s * math.exp(believed)
 
     def _parts(self, load: Load) -> Vector:
         return numpy.exp(self._costs) * load.factors

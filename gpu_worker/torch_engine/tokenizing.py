@@ -4,11 +4,7 @@
 form, here for one text, gives it back.
 """
 
-import os
-
 from tokenizers import Tokenizer
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text is one thread's work; a pool would only idle
 
 SLICE_CHARS = 1 << 16  # some ten milliseconds of work
 LIKELY_CHARS = 4  # of a token; a text with fewer for each token that fits is read whole at once

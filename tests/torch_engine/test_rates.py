@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_worker.torch_engine.rates import CHUNK_MOST_S, CHUNK_S, Rates, capacity_now, first_tokens
+from gpu_worker.torch_engine.least_chunk import SHORTEST
+from gpu_worker.torch_engine.rates import CHUNK_MOST_S, CHUNK_S, STALL, Rates, capacity_now, first_tokens
 from gpu_worker.torch_engine.step_time import Piece, load_of
-from tests.torch_engine.machine import CPU, GRAPHS, LARGE, Machine, budget, gaps_beside_a_prompt, warmed_up
+from tests.torch_engine.machine import COMPILED, CPU, GRAPHS, LARGE, Machine, budget, gaps_beside_a_prompt, warmed_up
 
 ANSWERS: list[Piece] = [(100, 1)] * 4
 
@@ -193,19 +194,46 @@ def test_however_slow_a_prompt_gets_on():
     machine = Machine(1e-6, 10.0, 0.0, 0.0, 0.0, noise=0.0)
     known = warmed_up(machine)
 
-    assert budget(known, ANSWERS, [(0, 2000)]) == 1
+    assert budget(known, ANSWERS, [(0, 2000)]) == SHORTEST
 
 
 @pytest.mark.parametrize("answers", [1, 4, 16])
-def test_where_one_token_breaks_the_promise_a_prompt_gets_on_at_least(answers: int):
-    """Chunks of one token would stall the answers as long, and two thousand times."""
-    machine = Machine(*GRAPHS, seed=3)
-    alone_s = machine.usual_s(load_of([(130, 1)] * answers))
+@pytest.mark.parametrize("noise", [0.0, 0.03, 0.1])
+@pytest.mark.parametrize("chunk_s", [0.0003, 0.0009, 0.00095, 0.001, 0.00105, 0.0011, 0.00115, 0.0025, 0.005])
+def test_whatever_a_chunk_costs_a_prompt_gets_on(chunk_s: float, noise: float, answers: int):
+    """Also where that is nearly, just or more than all that was promised: not two thousand chunks of one token."""
+    start, token, _, read, score = GRAPHS
+    machine = Machine(start, token, chunk_s, read, score, noise=noise, seed=3)
+    alone, shortest = load_of([(130, 1)] * answers), load_of([(130, 1)] * answers, [(0, SHORTEST)])
 
     gaps = gaps_beside_a_prompt(machine, answers, 2000)
 
-    assert len(gaps) < 60
-    assert gaps[-1] * alone_s < 1.3 * machine.usual_s(load_of([(130, 1)] * answers, [(0, 1)]))
+    assert len(gaps) < (500 if noise > 0.05 else 200)
+    promised = max(1 + STALL, 1.4 * machine.usual_s(shortest) / machine.usual_s(alone))
+    assert gaps[math.ceil(0.9 * len(gaps)) - 1] < promised * math.exp(2 * noise)
+
+
+def test_one_late_step_does_not_make_a_slow_node():
+    """A machine that slept: the dispatcher would give it no prompts, and so it would never be measured again."""
+    machine = Machine(*COMPILED, seed=5)
+    known = busy_rates(machine)
+    prefill_rate, decode_rate = known.prefill_rate, known.decode_rate(ANSWERS)
+
+    known.observe(decode=[], prefill=[(0, 256)], seconds=60.0)
+
+    assert known.prefill_rate > 0.8 * prefill_rate
+    assert known.decode_rate(ANSWERS) > 0.8 * decode_rate
+
+
+@pytest.mark.parametrize("stall", [1.0, 2.0])
+def test_a_device_may_promise_more(stall: float):
+    known = warmed_up(Machine(*CPU, noise=0.0))
+    known.stall = stall
+
+    tokens = budget(known, ANSWERS, [(0, 500)])
+
+    extra_s = known.step_time.expected_s(load_of(ANSWERS, [(0, tokens)])) - known.step_time.expected_s(load_of(ANSWERS))
+    assert 0.2 < extra_s / known.step_time.expected_s(load_of(ANSWERS)) < stall
 
 
 def test_where_a_step_takes_long_whatever_its_tokens_a_lone_prompt_takes_more_of_them():
