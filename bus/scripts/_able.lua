@@ -48,16 +48,25 @@ local function larger_than(tokens, unsaid)
   end
 end
 
+local function says_none(context)
+  return (tonumber(context) or 0) == 0
+end
+
+-- A node that was ordered to drain stays and takes nothing; one that drains on its way out may come back.
+local function stays_drained(state, owner, drained_by)
+  return state == 'draining' and drained_by ~= owner
+end
+
 -- Known nodes of the model that can do it and are not avoided, up to `enough`; `since`: the last beat is no older.
--- holds: of a context, whether it is large enough; nil: any is.
+-- holds: of a context, whether it is large enough; nil: any is. Who waits for a larger one waits for none that stays drained.
 local function count_able(prefix, model, needs, since, enough, avoid, holds)
   local key, from, count = prefix .. 'model:' .. model, 0, 0
   repeat
     local ids = call('ZRANGEBYSCORE', key, since, '+inf', 'LIMIT', from, 64)
     for _, id in ipairs(ids) do
-      local h = call('HMGET', prefix .. 'node:' .. id, 'state', 'can', 'cannot', 'context_length')
+      local h = call('HMGET', prefix .. 'node:' .. id, 'state', 'can', 'cannot', 'context_length', 'owner', 'drained_by')
       if h[1] and h[1] ~= 'bye' and not has_word(avoid, id) and is_able(h[2], h[3], needs)
-        and (not holds or holds(h[4])) then
+        and (not holds or (holds(h[4]) and not stays_drained(h[1], h[5], h[6]))) then
         count = count + 1
         if count >= enough then
           return count

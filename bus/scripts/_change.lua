@@ -67,12 +67,14 @@ end
 local ENDS_ANYWHERE = '-'
 
 -- Whether a job that outgrew contexts of `tokens` may go on at a node that has not refused it. A prompt waits for every
--- node that is known; an answer that has begun only for one that was there a moment ago, and never goes on at one that
--- does not say its context: it ends as `length` instead. unsaid: whether a prompt may be tried there.
+-- node that is known to hold more; an answer that has begun only for one that was there a moment ago: else it ends as
+-- `length`. unsaid: a prompt may also be tried where no context is said.
 local function has_larger(tokens, node_ttl, unsaid)
-  local began = call('STRLEN', text_key) > 0
-  return count_known(prefix, job.model, needs_of(flags), 1, job.refused, larger_than(tokens, unsaid and not began),
-    began and now - node_ttl or nil) > 0
+  local began, needs, recent = call('STRLEN', text_key) > 0, needs_of(flags), now - node_ttl
+  if count_known(prefix, job.model, needs, 1, job.refused, larger_than(tokens), began and recent or nil) > 0 then
+    return true
+  end
+  return unsaid and not began and count_able(prefix, job.model, needs, recent, 1, job.refused, says_none) > 0
 end
 
 -- The one terminal. Whatever was stored of the text stays as the result. Accounts are written under pcall: a key of

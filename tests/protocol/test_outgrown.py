@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from bus.codec.entries import Assignment
-from bus.codec.events import NodeBye
+from bus.codec.events import NodeBye, NodeDrain
 from bus.codec.wire import Assigned, Ended, Largest, NotAssigned, NotYours, QueuedJob, Requeued
 from bus.ids import JobId, NodeId
 from tests.protocol.test_logprobs import asking
@@ -107,6 +107,31 @@ async def test_a_node_that_does_not_say_its_context_is_tried_with_a_prompt_only(
 
     assert isinstance(await outgrow(world, prompt, 256), Requeued)
     assert isinstance(await outgrow(world, answer, 256), Largest)
+
+
+async def test_a_node_that_does_not_say_its_context_is_not_waited_for(world: World):
+    """It may hold no more than the one that refused."""
+    await world.node("small", context_length=256)
+    await world.http_node("h1")
+    one = await world.start("small")
+    await last_beat(world, "h1", SETTINGS.node_ttl_ms + 1000)
+
+    assert await outgrow(world, one, 256) == Largest(one.job_id)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+async def test_a_node_that_was_ordered_to_drain_is_not_waited_for_but_one_that_restarts_is(world: World, begun: bool):
+    await world.node("small", context_length=256)
+    holder = await world.node("big", context_length=8192)
+    one = await begin(world, "small") if begun else await world.start("small")
+    await world.publish(NodeDrain(NodeId("big"), int(holder.rpartition(".")[2])))
+
+    ordered = await outgrow(world, one, 256)
+    await world.cell.drain_node(NodeId("big"), holder)
+    leaving = await outgrow(world, one, 256)
+
+    assert ordered == Largest(one.job_id)
+    assert isinstance(leaving, Requeued)
 
 
 async def test_what_a_node_refused_that_does_not_say_is_tried_only_where_more_is_said_than_was_tried(world: World):

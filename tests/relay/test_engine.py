@@ -277,7 +277,7 @@ async def test_a_prompt_beyond_the_context_is_named_as_such(bench: Bench, node: 
 
     end = (await bench.run()).end
 
-    assert (end.fault, end.error_code) == ("client", "context_length_exceeded")
+    assert (end.fault, end.error_code, end.outgrown) == ("client", "context_length_exceeded", True)
     assert "maximum context length is 2 tokens" in end.error_message
 
 
