@@ -21,7 +21,7 @@ from gpu_worker.torch_engine.loader import load_weights, log_progress, resume_di
 from gpu_worker.torch_engine.model import Model
 from gpu_worker.torch_engine.model_config import ModelConfig, parse_config
 from gpu_worker.torch_engine.prompt import prepare
-from gpu_worker.torch_engine.rates import Rates
+from gpu_worker.torch_engine.rates import STALL, Rates
 from gpu_worker.torch_engine.runner import Runner
 from gpu_worker.torch_engine.scheduler import Scheduler
 from gpu_worker.torch_engine.text_model import TextModel, read_json
@@ -29,6 +29,7 @@ from gpu_worker.torch_engine.text_model import TextModel, read_json
 log = logging.getLogger(__name__)
 
 KV_BYTES_SHARE = {"cpu": 0.25, "cuda": 0.8}  # of the memory that is free at start, at most, when kv_tokens is not set
+STALLS = {"cpu": STALL, "cuda": 1.0}  # where steps take milliseconds, prompts get on fast enough with less
 SEQUENCE_TOKENS_TYPICAL = 1024
 WARM_UP_PROMPTS = ("The quick brown fox jumps over the lazy dog. " * 6, "A millrace turns a stream into power. " * 8)
 WARM_UP_LIMIT_S = 1.0  # a pass in progress ends after this, and the next one does not begin: a start must not wait
@@ -70,6 +71,7 @@ def assemble(config: TorchEngineConfig) -> Assembled:
         ),
         eos=text.eos,
         speculate=config.speculate,
+        stall=STALLS[device.type],
     )
     assembled = Assembled(
         core,
@@ -194,7 +196,7 @@ def warm_up(assembled: Assembled) -> None:
         answer = prepare(GenerateRequest("warm-up", job, seed=0), assembled.text, context_max=assembled.context)
         if isinstance(answer, End):
             return  # a context too small for the text: the first real steps measure
-        core.rates = Rates()
+        core.rates = Rates(core.rates.stall)
         core.add(answer)
         steps = 0
         while not core.idle:

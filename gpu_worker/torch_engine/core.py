@@ -19,7 +19,7 @@ import msgspec
 from gpu_worker.engine import End, EngineLoad, Piece
 from gpu_worker.torch_engine.plan import Plan, Work
 from gpu_worker.torch_engine.prompt import Answer
-from gpu_worker.torch_engine.rates import SETTLED_S, Rates, capacity_now
+from gpu_worker.torch_engine.rates import SETTLED_S, STALL, Rates, capacity_now
 from gpu_worker.torch_engine.runner import Flight, Result, Runner
 from gpu_worker.torch_engine.sampler import SampledToken
 from gpu_worker.torch_engine.scheduler import Scheduler
@@ -56,11 +56,12 @@ class EngineCore:
         *,
         eos: frozenset[int],
         speculate: int = 0,
+        stall: float = STALL,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """speculate: most tokens guessed at once of one answer; 0: none."""
+        """speculate: most tokens guessed at once of one answer; 0: none. stall: see `rates.STALL`."""
         self.scheduler = scheduler
-        self.rates = Rates()
+        self.rates = Rates(stall)
         self.last_progress_s = clock()
         self.drafted = self.accepted = 0  # tokens guessed, and those of them that were drawn
         self.runner = runner
