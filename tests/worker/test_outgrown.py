@@ -183,14 +183,14 @@ async def test_an_offer_whose_calls_fail_is_made_again(
 async def test_the_torch_engines_text_is_the_same_as_alone(house: House, tmp_path: Path):
     """Greedy, to the byte, with a half character at the seam or not."""
     directory = tiny_model(tmp_path)
-    asked = {"max_tokens": 120, "ignore_eos": True, "sampling": Sampling(temperature=0.0)}
+    asked = {"max_tokens": 120, "ignore_eos": True, "sampling": Sampling(temperature=0.0), "logprobs": 1}
     engines = {
         name: TorchEngine(dataclasses.replace(engine_config(directory, kv_tokens=tokens), model_name="echo"))
         for name, tokens in (("small", 96), ("big", 512))
     }
     async with node(house, "big", engines["big"]):
         alone = [await begin(house, f"tell me {number}", "big", **asked) for number in range(4)]
-        await house.ends_of(alone)
+        before = await house.ends_of(alone)
         async with node(house, "small", engines["small"]):
             moved, ends = [], []
             for number in range(4):  # the small one has room for one at a time
@@ -200,6 +200,9 @@ async def test_the_torch_engines_text_is_the_same_as_alone(house: House, tmp_pat
     for lone, one in zip(alone, moved, strict=True):
         assert_answered_once(house, one, house.told[lone].text)
         assert house.told[one].attempts == ["small", "big"]
+    lone_records = [await house.cell.logprobs(one, end.fence) for one, end in zip(alone, before, strict=True)]
+    records = [await house.cell.logprobs(one, end.fence) for one, end in zip(moved, ends, strict=True)]
+    assert records == lone_records and all(records)
     assert {(end.reason, end.new_tokens) for end in ends} == {("length", 120)}
 
 
