@@ -70,7 +70,7 @@ class TorchEngine:
         self._open: set[str] = set()  # submitted, not ended
         self._arriving: set[str] = set()  # of these: not yet with the core
         self._cancelled: set[str] = set()  # of those: cancelled on the way
-        self._busy_since_s = 0.0  # when work last came to an idle engine
+        self._moved_s = 0.0  # when work last came to an idle engine, or an answer ended, perhaps without any step
         self._closing = False
         self._failure: BaseException | None = None
         self._load = EngineLoad(prefill_rate=0.0, decode_rate=0.0, capacity=config.capacity, running=0, waiting=0)
@@ -100,7 +100,7 @@ class TorchEngine:
         with self._change:
             full = len(self._open) >= self._open_max
             if not self._open:
-                self._busy_since_s = time.monotonic()
+                self._moved_s = time.monotonic()
             if not full:
                 self._open.add(request.sequence)
                 self._arriving.add(request.sequence)
@@ -140,7 +140,7 @@ class TorchEngine:
         """
         with self._change:
             busy, load = bool(self._open), self._load
-            last_s = max(load.last_progress_s, self._busy_since_s)
+            last_s = max(load.last_progress_s, self._moved_s)
         return msgspec.structs.replace(load, idle=not busy, last_progress_s=last_s)
 
     async def close(self) -> None:
@@ -239,6 +239,7 @@ class TorchEngine:
                 self._outbox_tokens += len(piece.tokens) + 1 + len(piece.logprobs) // OUTBOX_TOKEN_BYTES
                 if piece.end is not None:
                     self._open.discard(piece.sequence)
+                    self._moved_s = time.monotonic()
         if pieces:
             self._ring()
 

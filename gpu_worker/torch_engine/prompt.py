@@ -96,7 +96,10 @@ def _shown_tokens(request: GenerateRequest, model: TextModel) -> tuple[tuple[int
     text = "".join(map(stream.feed, forced)).encode()
     if not text.startswith(request.forced_text) or max(forced, default=0) >= model.vocabulary:
         raise _Disagree("the stored tokens and the stored text of the earlier attempt disagree")
-    return forced, stream, text[len(request.forced_text) :].decode()
+    try:
+        return forced, stream, text[len(request.forced_text) :].decode()
+    except UnicodeDecodeError as error:
+        raise _Disagree("the text of the earlier attempt ends within a character") from error
 
 
 def _shown_text(request: GenerateRequest, model: TextModel) -> tuple[tuple[int, ...], TextStream, str]:

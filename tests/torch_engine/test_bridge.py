@@ -12,6 +12,7 @@ from gpu_worker.engine import EngineStartError, GenerateRequest, Piece
 from gpu_worker.torch_engine.assembly import Assembled, assemble
 from gpu_worker.torch_engine.bridge import EngineFailed, TorchEngine, merge
 from gpu_worker.torch_engine.config import TorchEngineConfig
+from gpu_worker.torch_engine.core import StepReport
 from gpu_worker.torch_engine.tiles import TileAttention
 from tests.torch_engine.tiny import Outcome, engine_config, request, torch_decoder
 
@@ -182,6 +183,23 @@ async def test_work_is_visible_from_the_submit_on_and_gone_after_the_end(model_d
     assert not busy.idle
     assert busy.last_progress_s >= before_s
     assert after.idle
+
+
+async def test_refusing_is_progress_too(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that end without a step, one always open: not a hang, for which the node would be given up."""
+    too_long = request("b", "x" * 100_000)
+    async with running(model_dir) as engine:
+        assert engine._assembled is not None
+        monkeypatch.setattr(engine._assembled.core, "step", StepReport)
+        engine.submit(request("a", "hello"))
+        opened_s = time.monotonic()
+
+        engine.submit(too_long)
+        await collect(engine, [too_long], until=all_ended)
+        load = engine.load()
+
+    assert not load.idle
+    assert load.last_progress_s >= opened_s
 
 
 async def test_an_engine_that_never_started_closes(model_dir: Path) -> None:

@@ -185,6 +185,15 @@ def test_tokens_that_do_not_spell_the_shown_text_end_interrupted(engine: Assembl
     assert (end.error_code, end.fault) == ("interrupted", "node")
 
 
+def test_a_stored_text_that_ends_within_a_character_ends_interrupted(engine: Assembled) -> None:
+    """Whoever stored it: the thread that reads it goes on."""
+    tokens = engine.text.encode("é", special=False)
+
+    end = end_of(run(engine, [request("a", "hello", forced=tokens, shown="é".encode()[:1])])["a"])
+
+    assert (end.error_code, end.fault) == ("interrupted", "node")
+
+
 def test_a_stored_token_that_the_model_does_not_have_ends_interrupted(engine: Assembled) -> None:
     """It would be looked up beyond the embedding, and take all neighbours of the batch with it."""
     end = end_of(run(engine, [request("a", "hello", forced=[5, 10**6])])["a"])
