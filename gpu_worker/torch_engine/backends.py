@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from typing import Any, Generic, cast
 
@@ -123,12 +123,6 @@ def kv_memory(shape: ModelConfig, tokens: int, dtype: torch.dtype) -> Iterator[N
         ) from error
 
 
-def probe_paged(shape: ModelConfig, device: torch.device, dtype: torch.dtype) -> Probed | str:
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"FlashAttention has no kernel for {dtype}"
-    return probe(flash_varlen(), shape, device, dtype)
-
-
 def flash_varlen() -> VarlenAttention:
     """torch's own, without the line that it logs at each call."""
     module = import_module(
@@ -136,6 +130,39 @@ def flash_varlen() -> VarlenAttention:
     )  # here: it loads torch's compiler, seconds that a CPU need not wait
     logging.getLogger(module.__name__).setLevel(logging.WARNING)
     return cast(VarlenAttention, module.varlen_attn)
+
+
+def triton_varlen() -> VarlenAttention:
+    module = import_module("gpu_worker.torch_engine.cuda.triton_attention")  # here: a torch without CUDA has no Triton
+    return cast(VarlenAttention, module.triton_varlen)
+
+
+PAGED_KERNELS: dict[str, Callable[[], VarlenAttention]] = {"FlashAttention": flash_varlen, "Triton": triton_varlen}
+
+
+def probe_paged(
+    shape: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    kernels: Mapping[str, Callable[[], VarlenAttention]] = PAGED_KERNELS,
+) -> Probed | str:
+    """The first of these kernels that is right here, or why none of them is."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"no kernel of it computes in {dtype}"
+    reasons: list[str] = []
+    for name, load in kernels.items():
+        try:
+            found = probe(name, load(), shape, device, dtype)
+        except ImportError as error:
+            found = str(error)
+        if isinstance(found, Probed):
+            if reasons:
+                log.warning(
+                    "paged attention uses a slower kernel", extra={"kernel": name, "reason": "; ".join(reasons)}
+                )
+            return found
+        reasons.append(f"{name}: {found}")
+    return "; ".join(reasons)
 
 
 def choose_ops(device: torch.device, dtype: torch.dtype) -> Ops:
@@ -177,8 +204,7 @@ def paged_backend(
                 range(len(weights.layers)),
                 blocks,
                 context=context,
-                varlen=flash_varlen(),
-                decode_splits=probed.decode_splits,
+                kernel=probed,
                 ops=ops,
                 device=device,
                 dtype=dtype,

@@ -9,12 +9,12 @@ import torch
 
 from bus.jobs import Sampling
 from gpu_worker.torch_engine.assembly import Assembled
-from gpu_worker.torch_engine.backends import flash_varlen
+from gpu_worker.torch_engine.backends import probe_paged, triton_varlen
 from gpu_worker.torch_engine.batch import build_batch
 from gpu_worker.torch_engine.cuda.graphs import GraphDecoder
-from gpu_worker.torch_engine.cuda.paged import BLOCK_TOKENS, Probed, probe
+from gpu_worker.torch_engine.cuda.paged import BLOCK_TOKENS, Probed
 from gpu_worker.torch_engine.kv_blocks import BlockPool
-from gpu_worker.torch_engine.model_config import parse_config
+from gpu_worker.torch_engine.model_config import ModelConfig, parse_config
 from gpu_worker.torch_engine.plan import Plan, Work
 from gpu_worker.torch_engine.runner import Flight
 from gpu_worker.torch_engine.sequence import SamplingChoice, Sequence
@@ -23,6 +23,7 @@ from tests.torch_engine.tiny import CONFIG, GREEDY, request, run, tiny_engine
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 TEXTS = tuple(f"{n} " + "the river and the mill " * (9 * n) for n in range(8))
 CAPACITY = 12
+HEADS = [(32, 8, 128), (9, 3, 64), (32, 32, 128), (14, 2, 64), (6, 2, 16), (16, 8, 256), (20, 1, 80)]
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +31,13 @@ def engine(model_dir: Path) -> Assembled:
     return tiny_engine(model_dir, device="cuda", dtype="bfloat16", kv_tokens=32 * BLOCK_TOKENS, capacity=CAPACITY)
 
 
+def config_of(heads: tuple[int, int, int]) -> ModelConfig:
+    shape = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "head_dim": heads[2]}
+    return parse_config(CONFIG | {"vocab_size": 10} | shape)
+
+
 def graphs_of(engine: Assembled) -> GraphDecoder:
-    assert isinstance(engine.model, GraphDecoder), "the probe refused this GPU's kernel"
+    assert isinstance(engine.model, GraphDecoder), "the probe refused every kernel on this GPU"
     return engine.model
 
 
@@ -71,13 +77,20 @@ def test_the_same_greedy_tokens_in_float32_as_on_a_cpu(model_dir: Path) -> None:
     assert {name: one.tokens for name, one in found.items()} == {name: one.tokens for name, one in expected.items()}
 
 
-@pytest.mark.parametrize("heads", [(32, 8, 128), (9, 3, 64), (32, 32, 128), (14, 2, 64), (6, 2, 16)])
+@pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_kernel_is_right_for_heads_of_known_models(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
-    shape = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "head_dim": heads[2]}
-    config = parse_config(CONFIG | {"vocab_size": 10} | shape)
+    found = probe_paged(config_of(heads), torch.device("cuda"), dtype)
 
-    assert isinstance(probe(flash_varlen(), config, torch.device("cuda"), dtype), Probed)
+    assert isinstance(found, Probed), found
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_our_own_kernel_is_right_too(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    found = probe_paged(config_of(heads), torch.device("cuda"), dtype, {"Triton": triton_varlen})
+
+    assert isinstance(found, Probed), found
 
 
 @torch.inference_mode()

@@ -32,7 +32,7 @@ from gpu_worker.torch_engine.kv_blocks import BlockPool
 from gpu_worker.torch_engine.linear import LinearFactory
 from gpu_worker.torch_engine.loader import load_weights
 from gpu_worker.torch_engine.model import Decoder
-from gpu_worker.torch_engine.model_config import parse_config
+from gpu_worker.torch_engine.model_config import ModelConfig, parse_config
 from gpu_worker.torch_engine.ops import PLAIN
 from gpu_worker.torch_engine.plan import Plan, Work
 from gpu_worker.torch_engine.runner import Runner
@@ -62,8 +62,7 @@ def paged_decoder(directory: Path, varlen: VarlenAttention = reference_varlen) -
         layers,
         24,
         context=CONTEXT,
-        varlen=varlen,
-        decode_splits=None if config.group > 1 else 1,
+        kernel=Probed("reference", varlen, None if config.group > 1 else 1),
         ops=PLAIN,
         device=CPU,
         dtype=torch.float32,
@@ -256,9 +255,12 @@ class TestProbe:
     config = parse_config(CONFIG | {"vocab_size": 10})
     alone = parse_config(CONFIG | {"vocab_size": 10, "num_key_value_heads": 6})
 
+    def found(self, kernel: VarlenAttention, config: ModelConfig = config) -> Probed | str:
+        return probe("it", kernel, config, CPU, torch.float32)
+
     def test_a_right_kernel_may_choose_its_splits_where_heads_share_keys(self) -> None:
-        assert probe(reference_varlen, self.config, CPU, torch.float32) == Probed(None)
-        assert probe(reference_varlen, self.alone, CPU, torch.float32) == Probed(1)
+        assert self.found(reference_varlen) == Probed("it", reference_varlen, None)
+        assert self.found(reference_varlen, self.alone) == Probed("it", reference_varlen, 1)
 
     def test_a_kernel_that_is_wrong_when_split_is_kept_from_it(self) -> None:
         def wrong_when_split(query: Tensor, *others: Any, num_splits: int | None, **more: Any) -> Tensor:
@@ -267,7 +269,7 @@ class TestProbe:
                 result[1:] = float("nan")  # as in pytorch issue 194167
             return result
 
-        assert probe(wrong_when_split, self.config, CPU, torch.float32) == Probed(1)
+        assert self.found(wrong_when_split) == Probed("it", wrong_when_split, 1)
 
     def test_a_wrong_or_missing_kernel_is_not_used(self) -> None:
         def aligned_to_the_first_key(query: Tensor, *others: Any, **more: Any) -> Tensor:
@@ -276,16 +278,14 @@ class TestProbe:
         def missing(*others: Any, **more: Any) -> Tensor:
             raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.\nmore")
 
-        assert probe(aligned_to_the_first_key, self.config, CPU, torch.float32) == "its results are wrong"
-        assert "Ampere" in str(probe(missing, self.config, CPU, torch.float32))
+        assert self.found(aligned_to_the_first_key) == "its results are wrong"
+        assert self.found(missing) == "RuntimeError: FlashAttention only supports Ampere GPUs or newer."
 
     def test_a_torch_whose_kernel_takes_other_arguments_is_no_error(self) -> None:
         def before_pages(query: Tensor, *others: Tensor | int, scale: float) -> Tensor:
             return query
 
-        found = probe(cast(VarlenAttention, before_pages), self.config, CPU, torch.float32)
-
-        assert "unexpected keyword argument" in str(found)
+        assert "unexpected keyword argument" in str(self.found(cast(VarlenAttention, before_pages)))
 
 
 class TestChoice:
@@ -300,6 +300,30 @@ class TestChoice:
 
     def test_float32_goes_through_the_tiles(self) -> None:
         assert "no kernel" in str(probe_paged(TestProbe.config, torch.device("cuda"), torch.float32))
+
+    def test_the_first_kernel_that_is_right_is_used_and_the_log_says_why(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def missing() -> VarlenAttention:
+            raise ModuleNotFoundError("No module named 'triton'")
+
+        def wrong() -> VarlenAttention:
+            return lambda query, *others, **more: query
+
+        kernels = {"a": wrong, "b": missing, "c": lambda: reference_varlen, "d": missing}
+
+        found = probe_paged(TestProbe.config, CPU, torch.bfloat16, kernels)
+
+        assert found == Probed("c", reference_varlen, None)
+        [line] = caplog.records
+        assert line.__dict__["kernel"] == "c"
+        assert line.__dict__["reason"] == "a: its results are wrong; b: No module named 'triton'"
+
+    def test_where_no_kernel_is_right_every_reason_is_said(self) -> None:
+        found = probe_paged(TestProbe.config, CPU, torch.bfloat16)
+
+        assert "FlashAttention: " in str(found)
+        assert "Triton: " in str(found)
 
     @pytest.mark.skipif(find_spec("triton") is not None, reason="Triton is installed")
     def test_without_triton_operations_stay_plain_and_the_log_says_why(self, caplog: pytest.LogCaptureFixture) -> None:

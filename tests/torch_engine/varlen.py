@@ -32,7 +32,7 @@ def reference_varlen(
         length = int(seqused_k[n])
         keys, values = (part[block_table[n].long()].flatten(0, 1)[:length] for part in (key, value))
         own = query[int(cu_seq_q[n]) : int(cu_seq_q[n + 1])] * scale
-        results.append(reference_attend(own, keys, values, torch.arange(length - count, length)))
+        results.append(reference_attend(own, keys, values, torch.arange(length - count, length, device=query.device)))
     return torch.cat(results).view_as(query)
 
 

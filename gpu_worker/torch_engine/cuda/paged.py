@@ -1,4 +1,5 @@
-"""Attention in place over paged keys and values: `torch.nn.attention.varlen.varlen_attn`, FlashAttention inside.
+"""Attention in place over paged keys and values: `torch.nn.attention.varlen.varlen_attn`, FlashAttention inside, or
+where that cannot be used a kernel of our own that is called alike (`triton_attention.py`).
 
 Keys and values of a layer are two tensors (blocks + 1, BLOCK_TOKENS, kv_heads, head_dim); a row's slot is
 block * BLOCK_TOKENS + place. FlashAttention 2 takes pages of a multiple of 256 tokens, so that is the block here: a
@@ -57,6 +58,15 @@ class VarlenAttention(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Probed:
+    """A kernel, and what it gets right on this machine."""
+
+    name: str  # for the log
+    varlen: VarlenAttention
+    decode_splits: int | None  # None: it may choose
+
+
+@dataclasses.dataclass(frozen=True)
 class Call:
     """One call of the kernel: some neighbouring pieces, as it wants them described. Tensors int32, on the device."""
 
@@ -112,7 +122,6 @@ def ends(lengths: Tensor) -> Tensor:
 
 
 class PagedAttention:
-    kind = "paged"
     block_tokens = BLOCK_TOKENS
 
     def __init__(
@@ -122,21 +131,19 @@ class PagedAttention:
         blocks: int,
         *,
         context: int,
-        varlen: VarlenAttention,
-        decode_splits: int | None,
+        kernel: Probed,
         ops: Ops,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """decode_splits: 1, or None where the kernel may choose; see `probe`."""
         shape = (blocks + 1, BLOCK_TOKENS, config.kv_heads, config.head_dim)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.kind = f"paged, {kernel.name}"
         self.config = config
         self.device = device
         self.cos, self.sin = rotary_tables(config, context, device, dtype)
-        self.varlen = varlen
-        self.decode_splits = decode_splits
+        self.kernel = kernel
         self.ops = ops
 
     def plan(self, batch: Batch) -> "PagedStep":
@@ -166,18 +173,13 @@ class PagedStep:
         keys, values = attention.keys[layer], attention.values[layer]
         attention.ops.rotate_and_store(qkv[: self.slots.shape[0]], self.cos, self.sin, self.slots, keys, values)
         queries = qkv[:, : attention.config.heads]
-        results = [
-            run_call(attention.varlen, queries[call.rows], keys, values, call, attention.decode_splits)
-            for call in self.calls
-        ]
+        results = [run_call(attention.kernel, queries[call.rows], keys, values, call) for call in self.calls]
         return (results[0] if len(results) == 1 else torch.cat(results)).flatten(1)
 
 
-def run_call(
-    varlen: VarlenAttention, queries: Tensor, keys: Tensor, values: Tensor, call: Call, decode_splits: int | None
-) -> Tensor:
+def run_call(kernel: Probed, queries: Tensor, keys: Tensor, values: Tensor, call: Call) -> Tensor:
     """queries: (the call's rows, heads, head_dim), rotated. Returns the like."""
-    return varlen(
+    return kernel.varlen(
         queries,
         keys,
         values,
@@ -190,37 +192,31 @@ def run_call(
         enable_gqa=queries.shape[1] > keys.shape[2],
         seqused_k=call.lengths,
         block_table=call.block_table,
-        num_splits=decode_splits if call.decodes else 1,
+        num_splits=kernel.decode_splits if call.decodes else 1,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Probed:
-    """What this machine's kernel gets right."""
-
-    decode_splits: int | None  # None: it may choose
 
 
 PROBE_PIECES = ((1, 1), (1, 3), (1, 257), (1, 900), (70, 300), (200, 200))  # rows, keys
 PROBE_TOLERANCE = 0.03  # of results below 1 in bfloat16, whose rounding is a tenth of this; a wrong row is far off
 
 
-def probe(varlen: VarlenAttention, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Probed | str:
+def probe(
+    name: str, varlen: VarlenAttention, config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> Probed | str:
     """Try the kernel with the model's heads; the reason if it cannot be used."""
     try:
         # Only query heads that share keys become rows of a call of their own, where split results land rightly.
         for splits in (None, 1) if config.group > 1 else (1,):
-            if probe_error(varlen, config, splits, device, dtype) < PROBE_TOLERANCE:
-                return Probed(splits)
-    # Too old a GPU, or a torch whose form of it takes other arguments (2.11's knows no paged keys).
-    except (RuntimeError, NotImplementedError, ValueError, AttributeError, TypeError) as error:
-        return str(error).splitlines()[0]
+            kernel = Probed(name, varlen, splits)
+            if probe_error(kernel, config, device, dtype) < PROBE_TOLERANCE:
+                return kernel
+    # Too old a GPU, a torch whose form of it takes other arguments (2.11's knows no pages), a compiler that is missing.
+    except Exception as error:  # noqa: BLE001 - there are as many ways as compilers, and another kernel may do
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return "its results are wrong"
 
 
-def probe_error(
-    varlen: VarlenAttention, config: ModelConfig, decode_splits: int | None, device: torch.device, dtype: torch.dtype
-) -> float:
+def probe_error(kernel: Probed, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> float:
     """The largest difference from the plain form, over decode rows and chunks; infinite if a row is not finite."""
     pieces, row, block = [], 0, 1
     for count, length in PROBE_PIECES:
@@ -233,7 +229,7 @@ def probe_error(
     queries = torch.randn(row, config.heads, config.head_dim, generator=generator).to(device, dtype)
     worst = 0.0
     for call in host_calls(tuple(pieces)):
-        found = run_call(varlen, queries[call.rows], keys, values, call.to(device), decode_splits).float()
+        found = run_call(kernel, queries[call.rows], keys, values, call.to(device)).float()
         for piece in pieces[:4] if call.decodes else pieces[4:]:
             rows = slice(piece.first_row - call.rows.start, piece.first_row - call.rows.start + piece.count)
             own_keys, own_values = (part[piece.blocks].flatten(0, 1)[: piece.length].float() for part in (keys, values))
