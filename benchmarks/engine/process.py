@@ -23,8 +23,19 @@ class DriverFailed(Exception):
 class Driver:
     """Started at once; `ready` holds what it said about itself. Raises DriverFailed."""
 
-    def __init__(self, command: Sequence[str], environ: Mapping[str, str], folder: Path, log: Path) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        environ: Mapping[str, str],
+        folder: Path,
+        log: Path,
+        *,
+        ready_limit_s: float = READY_LIMIT_S,
+        close_limit_s: float = CLOSE_LIMIT_S,
+    ) -> None:
+        """close_limit_s: how long it may take to go by itself before it is killed."""
         self._log = log
+        self._close_limit_s = close_limit_s
         with log.open("w") as errors:
             self.process = subprocess.Popen(
                 command,
@@ -39,7 +50,7 @@ class Driver:
         self._lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
         try:
-            self.ready: dict[str, Any] = self._answer(READY_LIMIT_S)
+            self.ready: dict[str, Any] = self._answer(ready_limit_s)
         except DriverFailed:
             self.close()
             raise
@@ -74,7 +85,7 @@ class Driver:
         except BrokenPipeError:
             pass
         try:
-            self.process.wait(CLOSE_LIMIT_S)
+            self.process.wait(self._close_limit_s)
         except subprocess.TimeoutExpired:
             for pid in tree:
                 kill(pid)

@@ -2,6 +2,7 @@
 """transformers: static `generate` (`--mode static`), or its continuous batching (`--mode continuous`)."""
 
 import time
+from inspect import signature
 
 import torch
 import transformers
@@ -9,6 +10,7 @@ from driver import claim_stdout, parse_options, serve
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 PAGE = 256
+PAGE_SIZE = "page_size" if "page_size" in signature(ContinuousBatchingConfig).parameters else "block_size"  # up to 5.17
 BATCH_TOKENS_MAX = 1024
 
 
@@ -44,7 +46,7 @@ def continuous(model, options):
     manager = model.init_continuous_batching(
         generation_config=greedy(options.context),
         continuous_batching_config=ContinuousBatchingConfig(
-            page_size=PAGE,
+            **{PAGE_SIZE: PAGE},
             num_blocks=(options.requests + 1) * -(-options.context // PAGE),
             max_batch_tokens=BATCH_TOKENS_MAX,
             max_requests_per_batch=options.requests,
