@@ -273,4 +273,5 @@ def _parse_queued(entry_id: str, fields: Fields) -> QueuedJob:
         needs=read.capabilities(fields, "needs"),
         refused=read.node_ids(fields, "refused") if "refused" in fields else (),
         outgrown=read.count(fields, "outgrown") if "outgrown" in fields else None,
+        begun=fields.get("begun") == b"1",
     )

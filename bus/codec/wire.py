@@ -152,6 +152,7 @@ class QueuedJob(msgspec.Struct, frozen=True):
     needs: tuple[str, ...] = ()  # what its node must be able to do
     refused: tuple[NodeId, ...] = ()  # of those to avoid: they said that they cannot, and are never asked again
     outgrown: int | None = None  # a context of so many tokens was too small for it; 0: one of a node that does not say
+    begun: bool = False  # handed back with text of its answer, which an HTTP node would say again in words of its own
 
     @property
     def queued_ms(self) -> int:

@@ -66,11 +66,16 @@ end
 -- `outgrown` of a job for which no larger context is left: it ends where it goes next.
 local ENDS_ANYWHERE = '-'
 
+-- Only text counts: tokens that have shown none yet are made again by whoever takes the job.
+local function has_begun()
+  return call('STRLEN', text_key) > 0
+end
+
 -- Whether a job that outgrew contexts of `tokens` may go on at a node that has not refused it. A prompt waits for every
 -- node that is known to hold more; an answer that has begun only for one that was there a moment ago: else it ends as
 -- `length`. unsaid: a prompt may also be tried where no context is said.
 local function has_larger(tokens, node_ttl, unsaid)
-  local began, needs, recent = call('STRLEN', text_key) > 0, needs_of(flags), now - node_ttl
+  local began, needs, recent = has_begun(), needs_of(flags), now - node_ttl
   if count_known(prefix, job.model, needs, 1, job.refused, larger_than(tokens), began and recent or nil) > 0 then
     return true
   end
@@ -136,6 +141,10 @@ local function enqueue(due)
         asks[#asks + 1] = name
         asks[#asks + 1] = job[name]
       end
+    end
+    if has_begun() then
+      asks[#asks + 1] = 'begun'
+      asks[#asks + 1] = '1'
     end
     entry = call('XADD', again_key, '*', 'job', job_id, 'fence', fence, 'out', out_of(route), 'est_prompt',
       job.est_prompt, 'est_new', job.est_new, 'deadline', job.deadline, 'alone', job.alone, 'avoided', job.avoid,

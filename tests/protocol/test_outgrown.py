@@ -58,7 +58,7 @@ async def test_a_prompt_that_is_too_long_for_its_node_goes_to_a_larger_one_and_i
     two = await assigned(world, one.job_id, "small", "big")
 
     assert reply == Requeued(one.job_id, "outgrown", 0)
-    assert (head.outgrown, head.refused, head.avoid) == (256, ("small",), ("small",))
+    assert (head.outgrown, head.refused, head.avoid, head.begun) == (256, ("small",), ("small",), False)
     assert vain == [NotAssigned(one.job_id, "no_room")]
     assert two.owner == world.holders[NodeId("big")]
     record, small = await world.cell.job(one.job_id), await world.cell.node(NodeId("small"))
@@ -73,10 +73,11 @@ async def test_an_answer_goes_on_with_all_that_is_stored_of_it(world: World):
     one = await begin(world, "small", stream=True)
 
     reply = await outgrow(world, one, 256)
+    (head,) = await heads(world)
     two = await assigned(world, one.job_id, "small", "big")
     await world.finish(two, 3, b"def", new_tokens=6, reason="stop")
 
-    assert isinstance(reply, Requeued)
+    assert isinstance(reply, Requeued) and head.begun
     assert (two.text_len, two.token_len) == (3, 3)
     assert [frame.text for frame in await world.frames()] == [b"abc", b"def"]
     assert [(end.state, end.text_len) for end in await world.ends()] == [("done", 6)]
