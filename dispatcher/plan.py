@@ -63,7 +63,7 @@ def plan(
     by_id = {node.node: node for every in nodes.values() for node in every}
     choices: list[Choice] = []
     for queue, model, job in in_turn(queues, turn):
-        ordinary = not (job.alone or job.avoid or job.resume)
+        ordinary = not (job.alone or job.avoid or job.resume or job.outgrown is not None)
         if ordinary:
             alike = model, job.needs
             if alike not in room:

@@ -39,6 +39,14 @@ local function is_able(can, cannot, needs)
   return true
 end
 
+-- `outgrown` of a job for which no larger context is left: the largest that is said and has room takes it, and it ends there.
+local ENDS_ANYWHERE = '-'
+
+-- Of a job's `outgrown`, what a context must be larger than; nil if it outgrew none.
+local function outgrown_of(field)
+  return field == ENDS_ANYWHERE and 0 or tonumber(field or '')
+end
+
 -- Which nodes count for a job that outgrew one: those that say a larger context than `tokens`, and, if `unsaid`, those
 -- that do not say (HTTP nodes).
 local function larger_than(tokens, unsaid)

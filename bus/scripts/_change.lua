@@ -63,20 +63,19 @@ local function wake(queue_name, id)
   call('XADD', wake_key, 'MAXLEN', '~', 1000, '*', 'queue', queue_name, 'job', id)
 end
 
--- `outgrown` of a job for which no larger context is left: it ends where it goes next.
-local ENDS_ANYWHERE = '-'
-
 -- Only text counts: tokens that have shown none yet are made again by whoever takes the job.
 local function has_begun()
   return call('STRLEN', text_key) > 0
 end
 
 -- Whether a job that outgrew contexts of `tokens` may go on at a node that has not refused it. A prompt waits for every
--- node that is known to hold more; an answer that has begun only for one that was there a moment ago: else it ends as
--- `length`. unsaid: a prompt may also be tried where no context is said.
+-- node that is known to hold more. An answer that has begun waits only for one that was there a moment ago, else it ends as
+-- `length`; so does a prompt of which no size is known (0), because a node that is away may hold far less. unsaid: a prompt
+-- may also be tried where no context is said.
 local function has_larger(tokens, node_ttl, unsaid)
   local began, needs, recent = has_begun(), needs_of(flags), now - node_ttl
-  if count_known(prefix, job.model, needs, 1, job.refused, larger_than(tokens), began and recent or nil) > 0 then
+  local since = (began or tokens == 0) and recent or nil
+  if count_known(prefix, job.model, needs, 1, job.refused, larger_than(tokens), since) > 0 then
     return true
   end
   return unsaid and not began and count_able(prefix, job.model, needs, recent, 1, job.refused, says_none) > 0
@@ -136,15 +135,12 @@ local function enqueue(due)
     local resume = job.resume ~= '' and call('STRLEN', tokens_key) > 0 and job.resume or ''
     local needs = needs_of(flags)
     local asks = needs and {'needs', concat(needs, ' ')} or {}
-    for _, name in ipairs({'refused', 'outgrown'}) do
-      if job[name] ~= '' and job[name] ~= ENDS_ANYWHERE then
-        asks[#asks + 1] = name
-        asks[#asks + 1] = job[name]
+    local outgrown, begun = outgrown_of(job.outgrown) or '', has_begun() and 1 or ''
+    for _, said in ipairs({{'refused', job.refused}, {'outgrown', outgrown}, {'begun', begun}}) do
+      if said[2] ~= '' then
+        asks[#asks + 1] = said[1]
+        asks[#asks + 1] = said[2]
       end
-    end
-    if has_begun() then
-      asks[#asks + 1] = 'begun'
-      asks[#asks + 1] = '1'
     end
     entry = call('XADD', again_key, '*', 'job', job_id, 'fence', fence, 'out', out_of(route), 'est_prompt',
       job.est_prompt, 'est_new', job.est_new, 'deadline', job.deadline, 'alone', job.alone, 'avoided', job.avoid,

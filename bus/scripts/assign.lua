@@ -81,10 +81,16 @@ local function choose_alone(job_id, indexes, refused, needs)
   return n, n.running > 0
 end
 
--- refused: nodes that said they cannot; they are no choice even where there is no other. outgrown: a context that was too
--- small; others like it are not what a node to avoid is passed over for.
-local function choose(avoid, indexes, refused, needs, outgrown)
-  local holds = outgrown and larger_than(outgrown, true)
+-- Which nodes count for a job that outgrew a context, as dispatchers judge it, too; nil: all. An answer that has begun stays
+-- with those that say theirs.
+local function holds_for(outgrown, old_text)
+  local tokens = outgrown_of(outgrown)
+  return tokens and larger_than(tokens, not old_text or call('STRLEN', old_text) == 0)
+end
+
+-- refused: nodes that said they cannot; they are no choice even where there is no other. holds: of a context, whether it may
+-- be large enough; a node to avoid is not passed over for one that is too small.
+local function choose(avoid, indexes, refused, needs, holds)
   local passed_over = filled(avoid) and another_lives(prefix, model, avoid, needs, holds)
   for _, index in ipairs(indexes) do
     local n = node_at(index)
@@ -143,7 +149,7 @@ for i = 1, pick_count do
         marks[#marks + 1] = {n.key, job_id}
       end
     else
-      n = choose(h[8], indexes, h[10], needs, tonumber(h[11] or ''))
+      n = choose(h[8], indexes, h[10], needs, holds_for(h[11], p.old_text))
     end
     if late then
       answers[i] = {'deadline'}

@@ -1,15 +1,25 @@
 -- use: _change _able
 -- A job waits, and of the nodes that serve its model none can do what it asks for: it ends. One that is known and away,
--- or has left, counts: it may come back. One that outgrew its nodes goes back to any of them when none with a larger
--- context is left, and ends there. ARGV 11 node_ttl.
+-- or has left, counts: it may come back. One that outgrew its nodes goes back to them when none with a larger context is
+-- left, and ends there. ARGV 11 node_ttl.
 -- Answers {'ended', state}, {'ended', state, 'earlier'}, {'returned'}, {'not', state}, {'moved'}, {'unknown'}.
+local function without_words(words, others)
+  local left = {}
+  for word in string.gmatch(words, '%S+') do
+    if not has_word(others, word) then
+      left[#left + 1] = word
+    end
+  end
+  return concat(left, ' ')
+end
+
 local answer = elsewhere()
 if answer then
   answer[3] = 'earlier'
   return answer
 end
 local needs, node_ttl = needs_of(flags), tonumber(ARGV[11])
-local outgrown = tonumber(job.outgrown)
+local outgrown = outgrown_of(job.outgrown)
 -- A job is driven again after the server lost everything: the nodes that live are known when each of them has beaten.
 local since = sub(fence, -2) == '.r' and tonumber(string.match(queue_entry, '^%d+')) or 0
 if job.state ~= 'queued' or since + node_ttl > now then
@@ -23,9 +33,11 @@ if needs and call('ZCARD', prefix .. 'model:' .. job.model) > 0
   return ended
 end
 if outgrown and not has_larger(outgrown, node_ttl, true) then
-  job.outgrown, job.refused = ENDS_ANYWHERE, ''
+  -- Those that refused it may take it again. Where none of them is left either, it goes on as any job whose node is gone.
+  job.outgrown = job.outgrown == ENDS_ANYWHERE and '' or ENDS_ANYWHERE
+  job.avoid, job.refused = without_words(job.avoid, job.refused), ''
   leave()
-  call('HSET', job_key, 'outgrown', job.outgrown, 'refused', '')
+  call('HSET', job_key, 'outgrown', job.outgrown, 'avoid', job.avoid, 'refused', '')
   enqueue(0)
   report(events_key, 'requeued', job_id, 'outgrown', 'no node with a larger context is left')
   return {'returned'}

@@ -47,6 +47,16 @@ def test_an_estimate_refuses_nothing() -> None:
     assert order(job(est_prompt=300), [node("small", context=SMALL), full]) == ["small"]
 
 
+def test_a_job_with_no_larger_context_left_goes_to_the_largest_there_is() -> None:
+    """It ends there; the nodes that refused it are none to avoid any more."""
+    nodes = {ModelName("m"): [node("small", context=SMALL), node("big", context=BIG, promised_new=900)]}
+    given_back = replace(job(), outgrown=0)
+
+    (choice,) = plan([QueueView(QUEUE, 1, (given_back,))], nodes, 1, 0, random.Random(1).random)
+
+    assert [score.node for score in choice.scores] == ["big", "small"]
+
+
 def test_a_job_that_outgrew_a_node_goes_to_the_largest_context_and_to_none_that_is_as_small() -> None:
     nodes = [
         node("small", context=SMALL),

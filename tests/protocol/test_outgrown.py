@@ -184,6 +184,47 @@ async def test_a_node_to_avoid_is_not_passed_over_for_one_that_is_too_small(worl
     assert three.owner == world.holders[NodeId("big")]
 
 
+@pytest.mark.parametrize("left", [False, True])
+async def test_an_answer_does_not_pass_a_node_to_avoid_over_for_one_that_says_no_context(world: World, left: bool):
+    """Dispatchers name none of these for it, and it would wait for ever: also one that goes to any context that is said."""
+    await world.node("small", context_length=256)
+    await world.node("big", context_length=8192)
+    await world.http_node("h1")
+    one = await begin(world, "small")
+    await outgrow(world, one, 256)
+    if left:
+        await last_beat(world, "big", SETTINGS.node_ttl_ms + 1000)
+        assert isinstance(await world.cell.end_unserved(one.job_id, one.fence), Requeued)
+        await world.beat("big", context_length=8192)
+    await world.dispatch("big")
+    await world.end_grace()
+    await world.age_reservations("big")
+    await world.sweep()
+    if left:
+        await last_beat(world, "small", 0)
+    (head,) = await heads(world)
+
+    two = await assigned(world, one.job_id, "big")
+
+    assert head.begun and "big" in head.avoid
+    assert two.text_len == 3
+
+
+async def test_tokens_that_have_shown_no_text_are_no_beginning(world: World):
+    """Half a character, or half a stop string: a node without their digest makes them again."""
+    await world.node("small", context_length=256)
+    await world.http_node("h1")
+    one = await world.start("small")
+    await world.flush(one, 0, b"", 0, [1])
+    await outgrow(world, one, 256)
+
+    (head,) = await heads(world)
+    two = await assigned(world, one.job_id, "h1")
+
+    assert (head.resume, head.begun) == ("d", False)
+    assert (two.text_len, two.token_len) == (0, 0)
+
+
 AWAY = ["lease", "silent", "bye"]
 
 
@@ -232,6 +273,39 @@ async def test_an_answer_waits_only_for_a_larger_node_that_was_there_a_moment_ag
     assert isinstance(reply, Requeued if recent else Largest)
 
 
+async def test_a_prompt_of_which_no_size_is_known_waits_for_no_node_that_is_away(world: World):
+    """An HTTP node may have refused 200,000 tokens: one that left an hour ago and held 256 is not worth a deadline."""
+    await world.http_node("h1")
+    await world.node("tiny", context_length=256)
+    one, two = await world.start("h1"), await world.start("h1")
+    queued = await outgrow(world, one, 0)
+    await leave(world, "tiny", SETTINGS.node_ttl_ms + 1000)
+
+    assert isinstance(queued, Requeued)
+    assert await world.cell.end_unserved(one.job_id, one.fence) == Requeued(one.job_id, "outgrown", 0)
+    assert await outgrow(world, two, 0) == Largest(two.job_id)
+
+
+async def test_an_answer_for_which_not_even_a_context_is_left_goes_on_as_any_whose_node_is_gone(world: World):
+    await world.node("small", context_length=256)
+    await world.node("big", context_length=8192)
+    await world.http_node("h1")
+    one = await begin(world, "small")
+    await outgrow(world, one, 256)
+    await last_beat(world, "big", SETTINGS.node_ttl_ms + 1000)
+    await world.cell.end_unserved(one.job_id, one.fence)
+
+    hoping = await world.cell.end_unserved(one.job_id, one.fence)
+    await last_beat(world, "small", SETTINGS.node_ttl_ms + 1000)
+    forgotten = await world.cell.end_unserved(one.job_id, one.fence)
+    (head,) = await heads(world)
+    two = await assigned(world, one.job_id, "h1")
+
+    assert hoping == NotYours(one.job_id, "queued")
+    assert isinstance(forgotten, Requeued) and head.outgrown is None
+    assert await outgrow(world, two, 0) == Largest(one.job_id)
+
+
 async def test_an_answer_that_waited_in_vain_ends_at_any_node_as_it_would_have(world: World):
     await world.node("small", context_length=256)
     await world.node("big", context_length=8192)
@@ -249,7 +323,7 @@ async def test_an_answer_that_waited_in_vain_ends_at_any_node_as_it_would_have(w
 
     assert hoping == NotYours(one.job_id, "queued")
     assert returned == Requeued(one.job_id, "outgrown", 0)
-    assert (head.outgrown, head.refused) == (None, ())
+    assert (head.outgrown, head.refused, head.avoid, head.begun) == (0, (), (), True), "any context that is said will do"
     assert two.text_len == two.token_len == 3
     assert last == Largest(one.job_id)
     assert [(end.state, end.reason, end.text_len) for end in await world.ends()] == [("done", "length", 3)]
