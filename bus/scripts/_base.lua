@@ -54,8 +54,8 @@ local function with_word(words, word)
 end
 
 -- What is fixed at submit, packed in one field because each field of a hash costs: model, flags (s = streams,
--- l = asks for log probabilities, i = an idempotency record names it, b = its payload has a key of its own, - = none), policy, seed, created, deadline,
--- estimated prompt and new tokens.
+-- l = asks for log probabilities, i = an idempotency record names it, b = its payload has a key of its own, r = it was
+-- driven again, - = none), policy, seed, created, deadline, estimated prompt and new tokens.
 local SPEC = '^(%S+) (%S+) (%S+) (%S+) (%S+) (%S+) (%S+) (%S+)$'
 
 -- Where a job is, in one field: "queue <name> <entry>", "queue <name>" while held back, "node <id> <owner> <entry>".

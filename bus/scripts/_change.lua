@@ -68,11 +68,19 @@ local function has_begun()
   return call('STRLEN', text_key) > 0
 end
 
+-- A job is driven again after the server lost everything: the nodes that live are known when each of them has beaten.
+local function may_come_to_know(node_ttl)
+  return find(flags or '', 'r', 1, true) and tonumber(job.created) + node_ttl > now
+end
+
 -- Whether a job that outgrew contexts of `tokens` may go on at a node that has not refused it. A prompt waits for every
 -- node that is known to hold more. An answer that has begun waits only for one that was there a moment ago, else it ends as
 -- `length`; so does a prompt of which no size is known (0), because a node that is away may hold far less. unsaid: a prompt
 -- may also be tried where no context is said.
 local function has_larger(tokens, node_ttl, unsaid)
+  if may_come_to_know(node_ttl) then
+    return true
+  end
   local began, needs, recent = has_begun(), needs_of(flags), now - node_ttl
   local since = (began or tokens == 0) and recent or nil
   if count_known(prefix, job.model, needs, 1, job.refused, larger_than(tokens), since) > 0 then

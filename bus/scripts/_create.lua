@@ -178,7 +178,7 @@ local function create(j)
   j.entry = call('XADD', queue_key, '*', 'job', j.id, 'fence', j.fence, 'out', out_of(j.route), 'est_prompt', j.est_prompt,
     'est_new', j.est_new, 'deadline', deadline, 'alone', '', 'avoided', '', 'resume', '', unpack(j.asks))
   local big = #j.payload > 8192
-  local flags = j.stream .. (j.idem and 'i' or '') .. (big and 'b' or '')
+  local flags = j.stream .. (j.idem and 'i' or '') .. (big and 'b' or '') .. (j.redrive == '1' and 'r' or '')
   call('HSET', j.key, 'state', 'queued', 'fence', j.fence, 'route', j.route, 'place', 'queue ' .. queue .. ' ' .. j.entry,
     'spec', concat({model, flags == '' and '-' or flags, j.policy, j.seed, now, deadline, j.est_prompt, j.est_new}, ' '),
     'payload', big and '' or j.payload)

@@ -93,7 +93,7 @@ end
 -- The job is not sent back to who has refused it: when no other node is known that can do it, it ends. One that it only
 -- avoids, for an error that may pass, counts, and one that is away or restarts is waited for.
 local needs = needs_of(flags)
-if why == 'unable' and count_known(prefix, job.model, needs, 1, job.refused) == 0 then
+if why == 'unable' and not may_come_to_know(node_ttl) and count_known(prefix, job.model, needs, 1, job.refused) == 0 then
   local ended = end_job('failed', 'error', 'unsupported',
     unsupported(concat(needs or {}, ', '), job.model) .. ' (' .. node .. ': ' .. detail .. ')')
   note_refusal()

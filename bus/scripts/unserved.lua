@@ -20,9 +20,7 @@ if answer then
 end
 local needs, node_ttl = needs_of(flags), tonumber(ARGV[11])
 local outgrown = outgrown_of(job.outgrown)
--- A job is driven again after the server lost everything: the nodes that live are known when each of them has beaten.
-local since = sub(fence, -2) == '.r' and tonumber(string.match(queue_entry, '^%d+')) or 0
-if job.state ~= 'queued' or since + node_ttl > now then
+if job.state ~= 'queued' or may_come_to_know(node_ttl) then
   return {'not', job.state}
 end
 

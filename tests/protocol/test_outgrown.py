@@ -40,6 +40,14 @@ async def leave(world: World, node: str, ago_ms: int) -> None:
     await world.link.send("ZADD", world.cell.keys.left(MODEL), now_ms - ago_ms, node)
 
 
+async def age_redrive(world: World, job_id: JobId) -> None:
+    """It was driven again a TTL ago."""
+    key = world.cell.keys.job(job_id)
+    words = (await world.link.send("HGET", key, "spec")).decode().split(" ")
+    words[4] = str(int(words[4]) - SETTINGS.node_ttl_ms)
+    await world.link.send("HSET", key, "spec", " ".join(words))
+
+
 async def begin(world: World, node: str, **more: Any) -> Assignment:
     """A job that has begun its answer there."""
     one = await world.start(node, **more)
@@ -186,7 +194,7 @@ async def test_a_node_to_avoid_is_not_passed_over_for_one_that_is_too_small(worl
 
 @pytest.mark.parametrize("left", [False, True])
 async def test_an_answer_does_not_pass_a_node_to_avoid_over_for_one_that_says_no_context(world: World, left: bool):
-    """Dispatchers name none of these for it, and it would wait for ever: also one that goes to any context that is said."""
+    """Dispatchers name none of these for it, and it would wait for ever. left: it goes to any context that is said."""
     await world.node("small", context_length=256)
     await world.node("big", context_length=8192)
     await world.http_node("h1")
@@ -286,6 +294,30 @@ async def test_a_prompt_of_which_no_size_is_known_waits_for_no_node_that_is_away
     assert await outgrow(world, two, 0) == Largest(two.job_id)
 
 
+@pytest.mark.parametrize("shown", [b"abc", b""])
+async def test_a_job_that_was_driven_again_waits_until_the_nodes_that_live_have_beaten(world: World, shown: bytes):
+    """The server lost everything: larger nodes become known one by one."""
+    await world.node("small", context_length=256)
+    one = await world.start("small", redrive=True, attempt_floor=3, shown_text=shown)
+
+    reply = await outgrow(world, one, 256)
+    early = await world.cell.end_unserved(one.job_id, one.fence)
+    await age_redrive(world, one.job_id)
+    late = await world.cell.end_unserved(one.job_id, one.fence)
+
+    assert isinstance(reply, Requeued)
+    assert early == NotYours(one.job_id, "queued")
+    assert isinstance(late, Requeued)
+
+
+async def test_a_job_that_was_driven_again_long_ago_waits_for_nobody(world: World):
+    await world.node("small", context_length=256)
+    one = await world.start("small", redrive=True, attempt_floor=3)
+    await age_redrive(world, one.job_id)
+
+    assert await outgrow(world, one, 256) == Largest(one.job_id)
+
+
 async def test_an_answer_for_which_not_even_a_context_is_left_goes_on_as_any_whose_node_is_gone(world: World):
     await world.node("small", context_length=256)
     await world.node("big", context_length=8192)
@@ -323,7 +355,8 @@ async def test_an_answer_that_waited_in_vain_ends_at_any_node_as_it_would_have(w
 
     assert hoping == NotYours(one.job_id, "queued")
     assert returned == Requeued(one.job_id, "outgrown", 0)
-    assert (head.outgrown, head.refused, head.avoid, head.begun) == (0, (), (), True), "any context that is said will do"
+    assert (head.outgrown, head.begun) == (0, True), "any context that is said will do"
+    assert (head.refused, head.avoid) == ((), ())
     assert two.text_len == two.token_len == 3
     assert last == Largest(one.job_id)
     assert [(end.state, end.reason, end.text_len) for end in await world.ends()] == [("done", "length", 3)]

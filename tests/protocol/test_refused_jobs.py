@@ -50,6 +50,13 @@ async def test_the_last_refusal_is_the_jobs_one_end_and_the_next_job_is_refused_
     assert await world.running("n1") == await world.running("n2") == []
 
 
+async def test_a_job_that_was_driven_again_is_not_refused_before_the_nodes_that_live_have_beaten(world: World):
+    await world.node("n1")
+    one = await world.start("n1", job=asking(), redrive=True, attempt_floor=3)
+
+    assert await refuse(world, one) == Requeued(one.job_id, "unable", 0)
+
+
 async def test_a_refusal_of_one_request_only_is_not_remembered_but_ends_after_each_node_was_asked(world: World):
     await world.node("n1", can=LOGPROBS)
     await world.node("n2", can=LOGPROBS)
