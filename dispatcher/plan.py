@@ -6,6 +6,7 @@ spreads. A job that no node can take now is passed over and stays where it is in
 """
 
 import heapq
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -35,15 +36,22 @@ class Room(msgspec.Struct):
     """The nodes for ordinary jobs with the same needs."""
 
     near: list[Node]  # compared for each job
-    far: list[Node]  # of a large fleet the others: for jobs that seem too long for the near ones
-    long: dict[int, list[Node]]  # of these the least loaded with a context of so many tokens, once asked for
+    far: list[Node]  # of a large fleet with unequal contexts the others: for jobs that seem too long for the near ones
+    long: dict[tuple[int, float], list[Node]]  # the least loaded of these with contexts in such a range, once asked for
 
     def for_long(self, job: QueuedJob, now_ms: int) -> list[Node]:
-        tokens = rounded_up(job.est_prompt + job.est_new)
-        if tokens not in self.long:
-            holding = (node for node in self.far if not node.context or node.context >= tokens)
-            self.long[tokens] = heapq.nsmallest(SHORTLIST, holding, key=lambda node: node.base_ms)
-        return [node for node in self.long[tokens] if is_open(node, now_ms)]
+        """Those that seem to hold prompt and answer; where they are few, also those that hold the prompt."""
+        prompt, whole = rounded_up(job.est_prompt + 1), rounded_up(job.est_prompt + job.est_new)
+        found = self._holding(whole, math.inf)
+        if len(found) < SHORTLIST:
+            found = found + self._holding(prompt, whole - 1)
+        return [node for node in found if is_open(node, now_ms)]
+
+    def _holding(self, least: int, most: float) -> list[Node]:
+        if (least, most) not in self.long:
+            found = (node for node in self.far if least <= node.holds <= most)
+            self.long[least, most] = heapq.nsmallest(SHORTLIST, found, key=lambda node: node.base_ms)
+        return self.long[least, most]
 
 
 def plan(
@@ -135,6 +143,8 @@ def shortlist(nodes: Sequence[Node], now_ms: int, needs: Collection[str]) -> Roo
     if len(usable) <= SHORTLIST:
         return Room(usable, [], {})
     near = heapq.nsmallest(SHORTLIST, usable, key=lambda node: node.base_ms)
+    if len({node.context for node in usable}) == 1:
+        return Room(near, [], {})
     chosen = {node.node for node in near}
     return Room(near, [node for node in usable if node.node not in chosen], {})
 

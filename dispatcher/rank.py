@@ -3,7 +3,7 @@
     wait_ms    = promised prompt tokens / prefill rate + promised new tokens / decode rate     (ahead of the job)
     prefill_ms = the job's own prompt / prefill rate
     penalty_ms = FAILURE_COST_MS x p / (1 - p)       p: the node's failure EWMA, so p/(1-p) failures are expected
-    outgrow_ms = context / prefill rate, if the job is expected to need a larger one: another node computes all again
+    outgrow_ms = context / prefill rate, if a larger one of the candidates is expected to compute all of it again
     cost_ms    = wait_ms + prefill_ms + penalty_ms + outgrow_ms                                 (least first)
 
 Pure: the view of the nodes, the time and the random source are arguments. Whether a chosen node still has room is
@@ -11,7 +11,9 @@ checked by the `assign` script; a stale view costs a retry, never an over-reserv
 """
 
 import heapq
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -23,7 +25,10 @@ FAILURE_COST_MS = 2_000.0  # what one failure costs a job: the first back-off (1
 FAILURE_MAX = 0.95  # an EWMA of 1 would be an infinite penalty; such a node is the breaker's business
 TIE_FACTOR, TIE_MS = 1.02, 1.0  # costs this close are equal: rates are measured, and herds follow false precision
 Draw = Callable[[], float]  # uniform in [0, 1): `random.Random(seed).random`
-MISFIT_MS = 1e9  # of a prompt that seems too long: only where no other node has room, since estimates may be wrong
+MISFIT_MS = 1e9  # of a prompt that seems too long: only where no larger node has room, since estimates may be wrong
+ALIKE = (
+    0.75  # contexts from this part of the largest on count as it: what memory is left on equal machines differs a bit
+)
 PREFILL_RATE, DECODE_RATE = 1_000.0, 20.0  # tokens/s of a node that has measured nothing yet (0): a modest GPU
 
 
@@ -46,11 +51,13 @@ class Node(msgspec.Struct):
     can: Collection[str] | None = None  # see `bus.jobs.is_able`, like the next
     cannot: Collection[str] = ()
     context: int = 0  # tokens of one sequence, prompt and answer; 0 = it does not say
-    prompt_ms: float = 0.0  # per prompt token; this and the next two are derived, and kept for speed
+    holds: float = 0.0  # the same, infinite if it does not say; this and the next three are derived, and kept for speed
+    prompt_ms: float = 0.0  # per prompt token
     new_ms: float = 0.0  # per new token
     base_ms: float = 0.0  # the part of the cost that is the same for every job
 
     def __post_init__(self) -> None:
+        self.holds = self.context or math.inf
         self.prompt_ms = 1_000.0 / (self.prefill_rate if self.prefill_rate > 0 else PREFILL_RATE)
         self.new_ms = 1_000.0 / (self.decode_rate if self.decode_rate > 0 else DECODE_RATE)
         self.base_ms = backlog_ms(self) + penalty_ms(self)
@@ -79,16 +86,29 @@ def penalty_ms(node: Node) -> float:
     return FAILURE_COST_MS * failure / (1.0 - failure)
 
 
-def outgrow_ms(node: Node, job: QueuedJob) -> float:
+class Needed(NamedTuple):
+    """Contexts that are large enough for a job."""
+
+    prompt: float  # and the first token of the answer
+    whole: float  # prompt and answer
+
+
+def needed(job: QueuedJob, largest: float) -> Needed:
+    """Where no node holds that many tokens, the largest are large enough: nothing is gained elsewhere."""
+    prompt, whole = job.est_prompt + 1, job.est_prompt + job.est_new
+    most = largest * ALIKE
+    return Needed(prompt if prompt <= largest else most, whole if whole <= largest else most)
+
+
+def outgrow_ms(node: Node, enough: Needed) -> float:
     """What it costs that the node's context seems too small for the job, which would go on elsewhere."""
-    if not node.context or job.est_prompt + job.est_new <= node.context:
-        return 0.0
-    return node.context * node.prompt_ms if job.est_prompt < node.context else MISFIT_MS
+    if node.holds < enough.prompt:
+        return MISFIT_MS
+    return node.holds * node.prompt_ms if node.holds < enough.whole else 0.0
 
 
-def score(node: Node, job: QueuedJob, candidates: int = 0) -> Score:
+def score(node: Node, job: QueuedJob, candidates: int = 0, outgrow: float = 0.0) -> Score:
     wait, penalty, prefill = backlog_ms(node), penalty_ms(node), job.est_prompt * node.prompt_ms
-    outgrow = outgrow_ms(node, job)
     return Score(
         node.node,
         round(wait + prefill + penalty + outgrow, 1),
@@ -164,11 +184,17 @@ def rank_open(
     """
     costs = [node.base_ms + job.est_prompt * node.prompt_ms for node in nodes]
     best = cheapest(nodes, costs, draw, at_most)
-    if (len(nodes) > 1 or others) and any(outgrow_ms(node, job) for node in best):
-        nodes = [*nodes, *others()] if others else nodes
-        costs = [node.base_ms + job.est_prompt * node.prompt_ms + outgrow_ms(node, job) for node in nodes]
+    tokens = job.est_prompt + job.est_new
+    if all(node.holds >= tokens for node in best):
+        return [score(node, job, len(nodes)) for node in best]
+    if others:
+        nodes = [*nodes, *others()]
+    contexts = [node.holds for node in nodes]
+    enough = needed(job, max(contexts))
+    if others or min(contexts) < max(enough):
+        costs = [node.base_ms + job.est_prompt * node.prompt_ms + outgrow_ms(node, enough) for node in nodes]
         best = cheapest(nodes, costs, draw, at_most)
-    return [score(node, job, len(nodes)) for node in best]
+    return [score(node, job, len(nodes), outgrow_ms(node, enough)) for node in best]
 
 
 def cheapest(nodes: Sequence[Node], costs: Sequence[float], draw: Draw, at_most: int) -> list[Node]:

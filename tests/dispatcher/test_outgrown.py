@@ -41,6 +41,33 @@ def test_an_answer_may_seem_too_long_where_going_on_elsewhere_costs_less_than_wa
     assert order(job(est_prompt=300, est_new=4_000), nodes)[0] == "big", "a prompt that does not fit gains nothing"
 
 
+@pytest.mark.parametrize("context", [2_048, 4_096, 0])
+@pytest.mark.parametrize(("est_prompt", "est_new"), [(5_000, 100), (4_000, 5_000)])
+def test_jobs_that_seem_too_long_for_every_context_are_spread_by_load(
+    context: int, est_prompt: int, est_new: int
+) -> None:
+    """Estimates err: where no other node is larger, they tell nothing about which one to take."""
+    nodes = [node("idle", context=context), node("busy", context=context, running=7, promised_new=50)]
+
+    assert {order(job(est_prompt=est_prompt, est_new=est_new), nodes, seed)[0] for seed in range(20)} == {"idle"}
+
+
+def test_where_no_context_is_large_enough_the_largest_is_taken_even_a_busier_one() -> None:
+    nodes = [node("small", context=2_048), node("big", context=4_096, promised_new=100)]
+
+    assert order(job(est_prompt=1_000, est_new=4_096), nodes)[0] == "big"
+    assert order(job(est_prompt=9_000, est_new=10), nodes)[0] == "big"
+
+
+def test_contexts_that_differ_a_little_count_as_equal_where_none_is_large_enough() -> None:
+    """Equal machines have unequal memory left; one of them must not get all long jobs for that."""
+    nodes = [node("a", context=4_000), node("b", context=4_096, promised_new=50)]
+
+    assert order(job(est_prompt=9_000), nodes)[0] == "a"
+    assert order(job(est_prompt=1_000, est_new=9_000), nodes)[0] == "a"
+    assert order(job(est_prompt=4_050, est_new=9_000), nodes)[0] == "b", "the only one that holds the prompt"
+
+
 def test_an_estimate_refuses_nothing() -> None:
     full = node("big", context=BIG, running=8)
 
@@ -74,8 +101,8 @@ def test_a_job_that_outgrew_a_node_goes_to_the_largest_context_and_to_none_that_
     assert order(replace(outgrown, alone=True), nodes[:3]) == ["middle"]
 
 
-def chosen(jobs: int, nodes: list[Node], est_prompt: int) -> list[str]:
-    waiting = tuple(job(f"c0-{index}", est_prompt=est_prompt) for index in range(jobs))
+def chosen(jobs: int, nodes: list[Node], est_prompt: int, est_new: int = 50) -> list[str]:
+    waiting = tuple(job(f"c0-{index}", est_prompt=est_prompt, est_new=est_new) for index in range(jobs))
     queues = [QueueView(QUEUE, jobs, waiting)]
     return [one.scores[0].node for one in plan(queues, {ModelName(MODEL): nodes}, 1, 0, random.Random(1).random)]
 
@@ -90,6 +117,26 @@ def test_the_few_large_contexts_of_a_large_fleet_are_found_until_they_are_full()
 
     assert sorted(taken[:4]) == ["big0", "big0", "big1", "big1"]
     assert all(name.startswith("small") for name in taken[4:])
+
+
+def test_a_large_fleet_finds_the_nodes_that_hold_the_prompt_where_few_or_none_hold_the_answer_too() -> None:
+    def taken(jobs: int, *more: Node) -> list[str]:
+        small = [node(f"small{at}", context=SMALL) for at in range(SHORTLIST)]
+        middle = [node(f"middle{at}", context=4_096, promised_new=100) for at in range(4)]
+        return sorted(chosen(jobs, [*small, *middle, *more], 300, 5_000))
+
+    every = ["middle0", "middle1", "middle2", "middle3"]
+    assert taken(4) == every
+    assert taken(5, node("big", context=BIG, promised_new=100)) == ["big", *every], "its queue would cost more"
+
+
+def test_of_a_large_fleet_of_equal_contexts_no_others_are_looked_at() -> None:
+    nodes = [node(f"n{at}", context=4_096, promised_new=at) for at in range(300)]
+    queues = [QueueView(QUEUE, 1, (job(est_prompt=300, est_new=5_000),))]
+
+    (choice,) = plan(queues, {ModelName(MODEL): nodes}, 1, 0, random.Random(1).random)
+
+    assert (choice.scores[0].candidates, choice.scores[0].outgrow_ms) == (SHORTLIST, 0.0)
 
 
 def test_a_pass_looks_for_long_contexts_once_for_jobs_of_like_length() -> None:
