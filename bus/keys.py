@@ -96,6 +96,10 @@ class CellKeys:
         """What no living node of a large fleet could do a moment ago: submits do not look through it one by one."""
         return f"{self.prefix}unable:{model}"
 
+    def largest(self, model: str, recent: bool) -> str:
+        """The largest context of a large fleet a moment ago: jobs that outgrow it do not look through it one by one."""
+        return f"{self.prefix}largest:{'recent' if recent else 'known'}:{model}"
+
     def left(self, model: str) -> str:
         """zset node -> ms of its bye: nodes that served the model and may come back."""
         return f"{self.prefix}left:{model}"

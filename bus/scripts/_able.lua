@@ -2,6 +2,9 @@
 -- (`bus.codec.spec` says the same):
 local CAPABILITIES = {l = 'logprobs'}
 
+-- A fleet of more than MANY nodes is looked through once in SEEN_MS for all jobs with the same question, not once for each.
+local SEEN_MS, MANY = 1000, 256
+
 -- What the flags of a job ask for; nil if nothing.
 local function needs_of(flags)
   local needs

@@ -73,6 +73,29 @@ local function may_come_to_know(node_ttl)
   return find(flags or '', 'r', 1, true) and tonumber(job.created) + node_ttl > now
 end
 
+-- The largest context among the model's nodes whose last beat is no older than `since` (nil: among all that are known), and
+-- whether one says none. At least that: nodes that a job has been refused by count, too, and a small fleet is not looked
+-- through. What was seen of a large one stands while it has as many such nodes.
+local function largest_of(since)
+  local model_key = prefix .. 'model:' .. job.model
+  if call('ZCARD', model_key) <= MANY then
+    return math.huge, true
+  end
+  local count = call('ZCOUNT', model_key, since or '-inf', '+inf')
+  local key = prefix .. (since and 'largest:recent:' or 'largest:known:') .. job.model
+  local seen = try('GET', key)
+  local largest, unsaid = string.match(type(seen) == 'string' and seen or '', '^(%d+) (%d) ' .. count .. '$')
+  if not largest then
+    largest, unsaid = 0, '0'
+    count_known(prefix, job.model, nil, 1, '', function(context)
+      largest = math.max(largest, tonumber(context) or 0)
+      unsaid = says_none(context) and '1' or unsaid
+    end, since)
+    try('SET', key, concat({largest, unsaid, count}, ' '), 'PX', SEEN_MS)
+  end
+  return tonumber(largest), unsaid == '1'
+end
+
 -- Whether a job that outgrew contexts of `tokens` may go on at a node that has not refused it. A prompt waits for every
 -- node that is known to hold more. An answer that has begun waits only for one that was there a moment ago, else it ends as
 -- `length`; so does a prompt of which no size is known (0), because a node that is away may hold far less. unsaid: a prompt
@@ -83,10 +106,11 @@ local function has_larger(tokens, node_ttl, unsaid)
   end
   local began, needs, recent = has_begun(), needs_of(flags), now - node_ttl
   local since = (began or tokens == 0) and recent or nil
-  if count_known(prefix, job.model, needs, 1, job.refused, larger_than(tokens), since) > 0 then
+  if largest_of(since) > tokens and count_known(prefix, job.model, needs, 1, job.refused, larger_than(tokens), since) > 0 then
     return true
   end
-  return unsaid and not began and count_able(prefix, job.model, needs, recent, 1, job.refused, says_none) > 0
+  return unsaid and not began and select(2, largest_of(recent))
+    and count_able(prefix, job.model, needs, recent, 1, job.refused, says_none) > 0
 end
 
 -- The one terminal. Whatever was stored of the text stays as the result. Accounts are written under pcall: a key of

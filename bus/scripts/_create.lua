@@ -72,8 +72,7 @@ local function no_server(node_ttl)
 end
 
 -- nil, or the same where living nodes serve the model and none of them can do what the job asks for. A large fleet is
--- looked through once in UNABLE_MS, however many such jobs are refused.
-local UNABLE_MS, MANY = 1000, 256
+-- looked through once in SEEN_MS, however many such jobs are refused.
 local function no_able(needs, node_ttl)
   local asked = concat(needs, ', ')
   local many = call('ZCARD', model_key) > MANY
@@ -85,7 +84,7 @@ local function no_able(needs, node_ttl)
     end
     known = count_known(prefix, model, needs, 1000)
     if many then
-      try('SET', unable_key, known .. ' ' .. asked, 'PX', UNABLE_MS)
+      try('SET', unable_key, known .. ' ' .. asked, 'PX', SEEN_MS)
     end
   end
   known = tonumber(known)

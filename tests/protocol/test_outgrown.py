@@ -1,5 +1,6 @@
 """A job that outgrows a node's context goes on at a node with a larger one, and ends where there is none."""
 
+import re
 from typing import Any
 
 import pytest
@@ -375,6 +376,36 @@ async def test_a_prompt_whose_larger_node_was_removed_ends_at_any_node(world: Wo
 
     assert isinstance(returned, Requeued)
     assert await outgrow(world, two, 256) == Largest(one.job_id)
+
+
+async def reads_to_end(world: World, ones: list[Assignment], context: int) -> int:
+    """How many nodes' and jobs' hashes are read until each of them is told that there is no larger context."""
+    await world.link.send("CONFIG", "RESETSTAT")
+    for one in ones:
+        assert await outgrow(world, one, context) == Largest(one.job_id)
+    stats = (await world.link.send("INFO", "commandstats")).decode()
+    return int(re.search(r"cmdstat_hmget:calls=(\d+)", stats)[1])  # type: ignore[index]
+
+
+@pytest.mark.parametrize("begun", [True, False])
+async def test_jobs_that_outgrow_a_large_fleet_look_through_it_once_not_each(world: World, begun: bool):
+    """It takes milliseconds of the server's one thread. A node that comes is seen all the same, and one that leaves."""
+    await world.node("small", capacity=64, context_length=256)
+    ones = [await (begin(world, "small") if begun else world.start("small")) for _ in range(32)]
+    (beat_ms,) = (await world.link.send("ZRANGE", world.cell.keys.model(MODEL), 0, 0, "WITHSCORES"))[1:]
+    for number in range(299):
+        await world.link.send("HSET", world.cell.keys.node(NodeId(f"x{number}")), "state", "up", "context_length", 256)
+        await world.link.send("ZADD", world.cell.keys.model(MODEL), beat_ms, f"x{number}")
+
+    reads = await reads_to_end(world, ones, 256)
+    await world.node("big", context_length=8192)
+    came = await outgrow(world, ones[0], 256)
+    await leave(world, "big", 0)
+    restarts = await outgrow(world, ones[1], 256)
+
+    assert reads == 2 * len(ones) + 300 * (1 if begun else 2)  # a prompt: of all that are known, and of who says none
+    assert isinstance(came, Requeued) and isinstance(restarts, Requeued)
+    assert await world.link.send("GET", world.cell.keys.largest(MODEL, recent=begun)) == b"8192 0 300"
 
 
 async def test_a_larger_node_that_cannot_do_what_the_job_asks_for_does_not_count(world: World):
