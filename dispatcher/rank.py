@@ -151,7 +151,7 @@ def not_avoided(nodes: Iterable[Node], avoided: Collection[NodeId]) -> list[Node
 def larger(nodes: Iterable[Node], job: QueuedJob) -> list[Node]:
     """Nodes that may hold what has outgrown a context. An answer that has begun stays with those that say theirs."""
     outgrown = job.outgrown or 0
-    return [node for node in nodes if node.context > outgrown or not (node.context or job.resume)]
+    return [node for node in nodes if node.context > outgrown or not (node.context or job.begun)]
 
 
 def same_digest(job: QueuedJob, nodes: list[Node]) -> list[Node]:

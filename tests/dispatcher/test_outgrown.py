@@ -95,7 +95,7 @@ def test_a_job_that_outgrew_a_node_goes_to_the_largest_context_and_to_none_that_
     outgrown = replace(job(est_prompt=10, avoid=("small",)), refused=(NodeId("small"),), outgrown=SMALL)
 
     assert order(outgrown, nodes) == ["big", "middle", "unsaid"]
-    assert order(replace(outgrown, resume="d"), nodes) == ["big", "middle"], "an answer that has begun"
+    assert order(replace(outgrown, begun=True), nodes) == ["big", "middle"], "an answer that has begun"
     assert order(replace(outgrown, outgrown=0, refused=(NodeId("unsaid"),)), nodes)[0] == "big"
     assert order(outgrown, nodes[:2]) == []
     assert order(replace(outgrown, alone=True), nodes[:3]) == ["middle"]
