@@ -79,7 +79,7 @@ def assemble(config: TorchEngineConfig) -> Assembled:
         text,
         context,
         shape.layers,
-        resume_digest(config.model_dir),
+        resume_digest(config.model_dir, text.digest()),
         backend.threads,
         backend.torch_threads,
     )

@@ -260,12 +260,12 @@ def _belongs_elsewhere(name: str, config: ModelConfig, layers: range) -> bool:
     return name.startswith(outer) and len(layers) < config.layers
 
 
-def resume_digest(directory: Path) -> str:
-    """Equal for engines that may exchange token ids: the same tokenizer and the same weights.
+def resume_digest(directory: Path, text_digest: bytes) -> str:
+    """Equal for engines that may exchange token ids: the same text side (`TextModel.digest`) and the same weights.
 
     Of each weight file: size, and samples spread over it (its header is among them), so that large models start soon.
     """
-    digest = hashlib.sha256((directory / "tokenizer.json").read_bytes())
+    digest = hashlib.sha256(text_digest)
     for path in weight_files(directory):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())

@@ -28,7 +28,9 @@ class SpecialTokens:
     flags_count: bool  # of stated tokens, more than those in tokenizer.json
 
     def add_to(self, tokenizer: Tokenizer) -> set[int]:
-        """Make each of them one token. Returns the ids of the special ones: they have no text.
+        """Make each of them one token. Returns the ids of those with a role: they have no text.
+
+        Of all others each token's own flag says so: one that is listed as special may be text in tokenizer.json.
 
         Raises EngineStartError where the tokenizer has another id than a file states.
         """
@@ -44,7 +46,7 @@ class SpecialTokens:
                 )
         known |= {token.content: token for token in stated}
         tokenizer.add_special_tokens([token for token in self.special if token.content not in known])
-        ids = {tokenizer.token_to_id(token.content) for token in self.special}
+        ids = {tokenizer.token_to_id(text) for text in self.roles.values()}
         return {one for one in ids if one is not None}
 
     def _is_news(self, token: AddedToken, known: AddedToken | None) -> bool:

@@ -1,5 +1,6 @@
 """The text side of a model directory: tokenizer, template, end tokens and sampling defaults. No torch."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -51,6 +52,14 @@ class TextModel:
     def encode(self, text: str, *, special: bool) -> list[int]:
         """special: add the tokens that the tokenizer's own post-processor puts around a text, such as a leading BOS."""
         return tokenizing.encode(self.tokenizer, text, special=special)
+
+    def digest(self) -> bytes:
+        """Equal where texts are cut into the same ids, and ids mean the same text: whatever files say so."""
+        digest = hashlib.sha256(self.tokenizer.to_str().encode())
+        digest.update(str(sorted(self.eos)).encode())
+        for text in self.token_bytes:
+            digest.update(len(text).to_bytes(4) + text)
+        return digest.digest()
 
     def respell(self, shown: str) -> list[int] | None:
         """Tokens whose text is exactly this, as it stands behind a prompt; None if this model has none."""

@@ -12,6 +12,7 @@ from gpu_worker.torch_engine.config import TorchEngineConfig
 from gpu_worker.torch_engine.kernels.decoder import CompiledDecoder
 from gpu_worker.torch_engine.loader import log_progress, resume_digest
 from gpu_worker.torch_engine.model import Decoder
+from gpu_worker.torch_engine.text_model import TextModel
 from tests.torch_engine.tiny import CONFIG, embedding_of, request, run, tiny_engine, tiny_model
 
 LAYER = "model.layers.1.mlp.up_proj.weight"
@@ -272,14 +273,21 @@ def test_what_we_do_not_compute_is_refused(tmp_path: Path, change: dict[str, obj
 
 
 def test_the_digest_tells_other_weights_and_other_tokenizers_apart(tmp_path: Path, model_dir: Path) -> None:
-    same = resume_digest(tiny_model(tmp_path / "same"))
-    other_weights = resume_digest(tiny_model(tmp_path / "weights", seed=1))
-    directory = tiny_model(tmp_path / "tokenizer")
-    text = (directory / "tokenizer.json").read_text()
-    (directory / "tokenizer.json").write_text(text + " ")
+    """Also where only a file beside tokenizer.json makes a token visible or silent."""
 
-    assert same == resume_digest(model_dir)
-    assert len({same, other_weights, resume_digest(directory)}) == 3
+    def digest(directory: Path) -> str:
+        return resume_digest(directory, TextModel(directory).digest())
+
+    same, other_weights = tiny_model(tmp_path / "same"), tiny_model(tmp_path / "weights", seed=1)
+    changed, silent = tiny_model(tmp_path / "tokenizer"), tiny_model(tmp_path / "silent")
+    tokenizer = json.loads((changed / "tokenizer.json").read_text())
+    tokenizer["added_tokens"][0]["lstrip"] = True
+    (changed / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = json.loads((silent / "tokenizer_config.json").read_text())
+    (silent / "tokenizer_config.json").write_text(json.dumps(config | {"image_token": "the"}))
+
+    assert digest(same) == digest(model_dir)
+    assert len({digest(same), digest(other_weights), digest(changed), digest(silent)}) == 4
 
 
 def test_sampling_defaults_come_from_the_model(tmp_path: Path) -> None:

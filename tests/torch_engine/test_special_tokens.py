@@ -67,6 +67,10 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "tokenizer_config.json": CONFIG | END | {"additional_special_tokens": ["<|turn|>"]},
         "added_tokens.json": {"<|turn|>": NEXT},
     },
+    "listed, but described as visible": {
+        "tokenizer_config.json": decoder(described("<|turn|>", special=False))
+        | {"additional_special_tokens": ["<|turn|>"]}
+    },
     "a role of its own": {"tokenizer_config.json": CONFIG | END | {"image_token": "<|turn|>"}},
     "named ones": {"tokenizer_config.json": CONFIG | END | {"extra_special_tokens": {"image_token": "<|turn|>"}}},
     "an ordinary piece": {"tokenizer_config.json": CONFIG | END | {"extra_special_tokens": ["the"]}},
