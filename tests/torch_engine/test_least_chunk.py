@@ -48,6 +48,18 @@ def test_a_late_step_holds_it_up_for_a_while_only():
     assert sizes(None, AGAIN + 10, known)[-1] > 8
 
 
+def test_late_steps_at_the_start_do_not_make_it_long_for_good():
+    known = LeastChunk()
+    for _ in range(KEPT):
+        known.observe(SHORTEST, 0.3)
+    cost_s = {2**n: 0.0015 * 2**n for n in range(1, 11)}
+
+    seen = sizes(cost_s, 3 * AGAIN, known)
+
+    assert max(seen) > 16
+    assert seen[-1] <= 2 * SHORTEST
+
+
 def test_steps_of_other_sizes_say_nothing():
     known = LeastChunk()
     for tokens in (1, 3, 50, 500) * 20:
