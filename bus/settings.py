@@ -186,8 +186,9 @@ def env_name(setting: "dataclasses.Field[Any]") -> str:
 
 
 def _nearest(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name.removeprefix(PREFIX), [one.removeprefix(PREFIX) for one in names], n=1)
-    return f": did you mean {PREFIX}{near[0]}?" if near else "; README.md lists them all"
+    short = {one.removeprefix(PREFIX): one for one in names}
+    near = difflib.get_close_matches(name.removeprefix(PREFIX), short, n=1)
+    return f": did you mean {short[near[0]]}?" if near else "; README.md lists them all"
 
 
 def _parse(setting: "dataclasses.Field[Any]", text: str) -> Any:

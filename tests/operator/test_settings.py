@@ -34,6 +34,7 @@ def test_other_programs_variables_are_none_of_our_business() -> None:
     ("environ", "said"),
     [
         ({"MILLRACE_NODE_ALOW": "*"}, "unknown setting MILLRACE_NODE_ALOW: did you mean MILLRACE_NODE_ALLOW?"),
+        ({"MILLRACE_REDIS_URL": "*"}, "unknown setting MILLRACE_REDIS_URL: did you mean REDIS_URL?"),
         ({"MILLRACE_XYZZY": "1"}, "unknown setting MILLRACE_XYZZY; README.md lists them all"),
         ({"MILLRACE_CELLS": "two"}, "MILLRACE_CELLS='two' is not a whole number"),
         ({"MILLRACE_CELLS": "0"}, "MILLRACE_CELLS=0 is below its least value 1"),
