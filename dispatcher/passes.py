@@ -22,6 +22,7 @@ from bus.codec.wire import Assigned, CellView, Ended, NotAssigned, NotYours, Que
 from bus.ids import JobId, ModelName
 from bus.keys import PRIORITIES, QueueName, queue_model, queue_name
 from dispatcher.board import FRESH_MS, Board
+from dispatcher.hopes import Hopes
 from dispatcher.paging import Pages
 from dispatcher.plan import ASSIGN_MAX, Choice, plan, unserved
 from dispatcher.rank import Draw, Node, is_open
@@ -30,7 +31,6 @@ from dispatcher.views import to_nodes, to_pick
 
 SETTLED = {"gone", "not_queued"}  # the entry is no longer in the queue
 ASKED_MAX = 10_000
-UNSERVED_S = 1.0  # jobs that wait for a node that left may be many, and nothing changes for them at each look
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Passes:
         self._left: set[QueueName] = set()  # had jobs left after the last look
         self._stuck: set[QueueName] = set()  # of these, those without room: more jobs change nothing
         self._room = False  # room appeared during the pass: its look may not have seen that
-        self._hoping: dict[QueueName, float] = {}  # jobs there wait for a node that is not seen; not asked until then
+        self._hopes = Hopes(ASSIGN_MAX)
         self._asked: dict[JobId, tuple[str, ...]] = {}  # needs that `assign` told: the entry is an older release's
         self._event = asyncio.Event()
         self._event.set()
@@ -160,6 +160,7 @@ class Passes:
     async def _look_and_assign(self, queues: Sequence[QueueName]) -> None:
         """Page by page while nothing moves and a node has room. All in one pass: on a busy fleet room appears all the
         time, and each time the next pass begins at the front again."""
+        self._hopes.forget(self._clock_ms() / 1000)
         more = await self._take_page(queues)
         while more:
             more = await self._take_page(tuple(more))
@@ -222,19 +223,19 @@ class Passes:
     async def _end_unserved(self, jobs: Sequence[tuple[QueueName, QueuedJob]], taken: "_Taken") -> None:
         """No node can do what these ask for. The script looks again: a node may have come meanwhile, or have left to
         come back."""
-        now_s = self._clock_ms() / 1000
-        self._hoping = {queue: until_s for queue, until_s in self._hoping.items() if until_s > now_s}
-        jobs = [(queue, job) for queue, job in jobs if queue not in self._hoping]
+        jobs = [(queue, job) for queue, job in jobs if job not in self._hopes]
         ends = await asyncio.gather(*(self._cell.end_unserved(job.job_id, job.fence) for _, job in jobs))
         for (queue, job), end in zip(jobs, ends, strict=True):
-            if isinstance(end, Requeued) or (isinstance(end, Ended) and not end.earlier):
-                taken.settled[queue] = taken.settled.get(queue, 0) + 1
-                log.info(
-                    "no node can do what the job asks for",
-                    extra={"job": job.job_id, "needs": job.needs, "outgrown": job.outgrown},
-                )
-            elif isinstance(end, NotYours) and end.state == "queued":
-                self._hoping[queue] = now_s + UNSERVED_S
+            about = {"job": job.job_id, "needs": job.needs, "outgrown": job.outgrown}
+            match end:
+                case Requeued():
+                    taken.count_settled(queue)
+                    log.info("no larger context is left for the job: back to the others", extra=about)
+                case Ended(earlier=False):
+                    taken.count_settled(queue)
+                    log.info("no node can do what the job asks for", extra=about)
+                case NotYours(state="queued"):
+                    self._hopes.add(job, self._clock_ms() / 1000)
 
     def _note(
         self,
@@ -296,6 +297,9 @@ class _Taken:
         self.assigned: dict[QueueName, int] = {}
         self.settled: dict[QueueName, int] = {}  # assigned, or gone from the queue for another reason
         self.passed_over: list[str] = []  # why, for each pick that stays in its queue
+
+    def count_settled(self, queue: QueueName) -> None:
+        self.settled[queue] = self.settled.get(queue, 0) + 1
 
     def count(self, queue: QueueName, outcomes: Sequence[Assigned | NotAssigned]) -> None:
         assigned = sum(1 for one in outcomes if isinstance(one, Assigned))

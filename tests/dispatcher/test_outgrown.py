@@ -1,16 +1,33 @@
 """Nodes of one model with unequal contexts: jobs go where they seem to fit, and on to where more is said."""
 
 import random
+from collections import Counter
 
 import pytest
 from msgspec.structs import replace
 
 from bus.cell import Cell
-from bus.codec.wire import Assigned, NodeView, Pick, QueueView, new_nonce
-from bus.ids import JobId, ModelName, NodeId
-from bus.keys import queue_name
-from dispatcher.plan import SHORTLIST, plan, rounded_up, unserved
+from bus.codec.entries import Assignment
+from bus.codec.wire import (
+    Assigned,
+    Ended,
+    FlushPiece,
+    NodeView,
+    NotYours,
+    Pick,
+    QueueView,
+    Requeued,
+    new_nonce,
+    pack_tokens,
+)
+from bus.ids import Fence, JobId, ModelName, NodeId
+from bus.link import Link
+from bus.settings import Settings
+from dispatcher.hopes import Hopes
+from dispatcher.passes import Passes
+from dispatcher.plan import ASSIGN_MAX, SHORTLIST, plan, rounded_up, unserved
 from dispatcher.rank import Node
+from dispatcher.sharing import Share
 from dispatcher.views import to_nodes
 from tests.conftest import wait_until
 from tests.dispatcher.conftest import Dispatching
@@ -199,22 +216,85 @@ async def wait_until_running(node: HandNode, count: int) -> None:
     await wait_until(is_running)
 
 
+async def give(cell: Cell, node: HandNode) -> list[Assignment]:
+    """All waiting jobs, to this node."""
+    while shown := [one for one in (await cell.look()).queues if one.heads]:
+        for queue in shown:
+            picks = [
+                Pick(one.entry_id, one.job_id, one.fence, one.out, (node.node,), new_nonce()) for one in queue.heads
+            ]
+            assert all(isinstance(one, Assigned) for one in await cell.assign(queue.queue, picks))
+    return await node.take()
+
+
 async def test_a_job_that_waits_for_a_larger_context_in_vain_is_given_to_any_node(
     cell: Cell, dispatching: Dispatching
 ) -> None:
     small = await HandNode.join(cell, "small", context_length=SMALL)
     big = await HandNode.join(cell, "big", context_length=BIG)
     await submit(cell, "j")
-    shown = await cell.look()
-    from_queue = shown.queues[0].heads[0]
-    pick = Pick(from_queue.entry_id, from_queue.job_id, from_queue.fence, from_queue.out, (small.node,), new_nonce())
-    (given,) = await cell.assign(queue_name(ModelName(MODEL), 1), [pick])
-    assert isinstance(given, Assigned)
+    (given,) = await give(cell, small)
     await cell.outgrow(given.job_id, given.fence, SMALL)
     await cell.link.send("ZREM", cell.keys.model(ModelName(MODEL)), big.node)
-    await small.take()
 
     async with dispatching():
         await wait_until(small.running)
 
     assert [one.job_id for one in await small.take()] == [JobId("c0-j")]
+
+
+class Asked(Cell):
+    """Notes whom `end_unserved` is called for."""
+
+    def __init__(self, link: Link, settings: Settings) -> None:
+        super().__init__(link, 0, settings)
+        self.asked: list[str] = []
+
+    async def end_unserved(self, job_id: JobId, fence: Fence) -> Ended | Requeued | NotYours:
+        self.asked.append(job_id)
+        return await super().end_unserved(job_id, fence)
+
+
+async def test_prompts_that_wait_for_a_node_that_is_away_do_not_hide_an_answer_behind_them(
+    link: Link, settings: Settings
+) -> None:
+    """They may wait until their deadline, an answer that has begun only as long as a restart takes."""
+    cell = Asked(link, settings)
+    waiting = ASSIGN_MAX + 6
+    small = await HandNode.join(cell, "small", capacity=100, context_length=SMALL)
+    big = await HandNode.join(cell, "big", context_length=BIG)
+    await submit(cell, *(f"p{index}" for index in range(waiting)), "answer")
+    *prompts, answer = sorted(await give(cell, small), key=lambda one: one.job_id == "c0-answer")
+    for one in prompts:
+        await cell.outgrow(one.job_id, one.fence, SMALL)
+    piece = FlushPiece(answer.job_id, answer.fence, answer.route, 0, b"abc", 0, pack_tokens([1]))
+    await cell.flush(small.holder, small.node, [piece])
+    await cell.outgrow(answer.job_id, answer.fence, SMALL)
+    await cell.link.send("DEL", cell.keys.node_alive(big.node))
+    long_ago = (await cell.look()).now_ms - settings.node_ttl_ms - 1_000
+    await cell.link.send("ZADD", cell.keys.model(ModelName(MODEL)), long_ago, big.node)
+    passes = Passes(cell, Share("dispatcher:me"), random.Random(1).random)
+
+    for _ in range(4):
+        passes.look_again()
+        await passes.run_pass()
+
+    assert [one.job_id for one in await small.take()] == ["c0-answer"]
+    assert Counter(cell.asked) == dict.fromkeys([*(one.job_id for one in prompts), answer.job_id], 1)
+
+
+def test_what_may_wait_is_asked_about_again_the_later_the_more_there_is_of_it_but_for_answers() -> None:
+    hopes = Hopes(a_second=64)
+    prompt, answer, last = job("prompt"), replace(job("answer"), begun=True), job("last")
+
+    hopes.add(prompt, 0.0)
+    for index in range(63 + 64):
+        hopes.add(job(f"more{index}"), 0.0)
+    hopes.add(answer, 0.0)
+    hopes.add(last, 0.0)
+
+    assert prompt in hopes and answer in hopes and replace(prompt, fence=Fence("2.a")) not in hopes
+    hopes.forget(1.0)
+    assert prompt not in hopes and answer not in hopes and last in hopes
+    hopes.forget(3.0)
+    assert last not in hopes
