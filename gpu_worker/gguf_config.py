@@ -37,6 +37,12 @@ SAMPLING = {
     "min_p": "min_p",
     "penalty_repeat": "repetition_penalty",
 }  # general.sampling.*: generation_config.json's name
+ROLE_IDS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}  # tokenizer_config.json's name: tokenizer.ggml.*
 
 
 def to_config(metadata: Fields, tensors: set[str], rope_factors: Sequence[float] | None) -> dict[str, Any]:
@@ -168,19 +174,19 @@ def to_sampling(metadata: Fields) -> dict[str, Any]:
 
 
 def to_tokenizer_config(metadata: Fields) -> dict[str, Any]:
-    """A piece of text that some files give a role, to fill batches with `!`, stays what it is: it has none here."""
+    """What begins and ends a text is what the file says, also if it calls it text: templates write it. What fills
+    batches, or stands for unknown text, may be an ordinary piece such as `!`, which keeps its text and has no role."""
     pieces, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     added = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
-    ids = {
-        "bos_token": "bos_token_id",
-        "eos_token": "eos_token_id",
-        "unk_token": "unknown_token_id",
-        "pad_token": "padding_token_id",
+    roles = {
+        name: metadata[f"tokenizer.ggml.{field}"]
+        for name, field in ROLE_IDS.items()
+        if f"tokenizer.ggml.{field}" in metadata
     }
     named = {
-        name: pieces[metadata[f"tokenizer.ggml.{field}"]]
-        for name, field in ids.items()
-        if f"tokenizer.ggml.{field}" in metadata and kinds[metadata[f"tokenizer.ggml.{field}"]] in added
+        name: pieces[token]
+        for name, token in roles.items()
+        if name in ("bos_token", "eos_token") or kinds[token] in added
     }
     template = metadata.get("tokenizer.chat_template")
     return named | ({"chat_template": template} if template else {})

@@ -127,3 +127,16 @@ def test_a_piece_of_text_has_no_role_in_a_gguf_file() -> None:
     }
 
     assert to_tokenizer_config(metadata) == {"bos_token": "<s>"}
+
+
+def test_what_begins_and_ends_a_text_has_its_role_also_where_a_gguf_file_calls_it_text() -> None:
+    """Files without token types do; a template that writes `bos_token` would write nothing in its place."""
+    metadata = {
+        "tokenizer.ggml.tokens": ["!", "<|begin|>", "<|turn|>"],
+        "tokenizer.ggml.token_type": [1, 1, 1],
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+
+    assert to_tokenizer_config(metadata) == {"bos_token": "<|begin|>", "eos_token": "<|turn|>"}
