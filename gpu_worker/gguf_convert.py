@@ -14,6 +14,7 @@ from typing import Any
 
 import gguf
 import numpy
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from gpu_worker.engine import EngineStartError
@@ -51,10 +52,11 @@ def convert_gguf(source: Path, target: Path, generation: Mapping[str, Any], prog
     """Write `target` (an existing, empty directory). generation: sampling defaults that win over the file's own.
 
     Raises EngineStartError on an architecture, tensor or tokenizer that we do not know, and on a malformed file.
+    Raises OSError if `target` cannot be written.
     """
     try:
         _convert(source, target, generation, progress)
-    except (EngineStartError, OSError):  # the latter is about the disk
+    except (EngineStartError, OSError, MemoryError):  # the last two are about this machine
         raise
     except Exception as error:  # whatever libraries raise on what they are given: all of it comes from the file
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -76,7 +78,8 @@ def _convert(source: Path, target: Path, generation: Mapping[str, Any], progress
     ends = {"eos_token_id": config["eos_token_id"]}
     write_json(target / "generation_config.json", ends | to_sampling(metadata) | dict(generation))
     write_json(target / "tokenizer_config.json", to_tokenizer_config(metadata))
-    build_tokenizer(metadata).save(str(target / "tokenizer.json"))
+    tokenizer = build_tokenizer(metadata).to_str(pretty=True)  # its own `save` raises the bare Exception on a full disk
+    (target / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
     weights = [tensor for tensor in tensors if tensor.name != ROPE_FACTORS]
     write_shards(target, convert_tensors(weights, config, progress))
 
@@ -94,6 +97,8 @@ class BoundedReader(gguf.GGUFReader):
 def read_gguf(path: Path) -> gguf.GGUFReader:
     try:
         reader = BoundedReader(path)
+    except MemoryError:
+        raise
     except Exception as error:  # it raises whatever numbers in a file that is none, or is cut off, lead it to
         raise EngineStartError(f"{path}: cannot be read as GGUF: {error}; get it again") from error
     if reader.byte_order == "S":
@@ -176,7 +181,7 @@ def write_shards(target: Path, tensors: Iterator[tuple[str, Array]]) -> None:
     size = total = 0
     for name, array in tensors:
         if size and size + array.nbytes > SHARD_BYTES:
-            save_file(shards[-1], target / f"part-{len(shards)}.safetensors")
+            write_shard(target / f"part-{len(shards)}.safetensors", shards[-1])
             shards[-1] = {}
             shards.append({})
             size = 0
@@ -185,11 +190,19 @@ def write_shards(target: Path, tensors: Iterator[tuple[str, Array]]) -> None:
         size += array.nbytes
         total += array.nbytes
     if len(shards) == 1:
-        save_file(shards[0], target / "model.safetensors")
+        write_shard(target / "model.safetensors", shards[0])
         return
-    save_file(shards[-1], target / f"part-{len(shards)}.safetensors")
+    write_shard(target / f"part-{len(shards)}.safetensors", shards[-1])
     names = {name: f"part-{number}.safetensors" for name, number in where.items()}
     write_json(target / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": names})
+
+
+def write_shard(path: Path, tensors: dict[str, Array]) -> None:
+    """Raises OSError, which the library wraps into an error of its own."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        raise OSError(f"{path.name} cannot be written: {error}") from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """GGUF files: the same model as their Hugging Face form, or a refusal that names what is not supported."""
 
 import json
+import resource
 import struct
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from bus.settings import Settings
 from gpu_worker.engine import EngineStartError
 from gpu_worker.gguf_config import to_sampling
-from gpu_worker.gguf_convert import read_gguf, to_values
+from gpu_worker.gguf_convert import convert_gguf, read_gguf, to_values
 from gpu_worker.model_files import resolve_model
 from gpu_worker.torch_engine.model_config import parse_config
 from gpu_worker.torch_engine.sampling import SamplingDefaults
@@ -234,6 +235,30 @@ def test_a_malformed_file_is_one_line_that_names_the_field(fields: dict[str, Any
 
     with pytest.raises(EngineStartError, match=said):
         converted(source, tmp_path)
+
+
+@pytest.mark.parametrize(("file_bytes_max", "said"), [(2_000, "too large"), (20_000, "model.safetensors cannot be")])
+def test_a_full_disk_is_not_taken_for_a_malformed_file(file_bytes_max: int, said: str, tmp_path: Path) -> None:
+    """Else somebody gets gigabytes again, onto the same disk. It may be full at the tokenizer, or at the weights."""
+    source = write_gguf(tmp_path / "tiny.gguf", tiny_model(tmp_path / "hf") / "model.safetensors")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes_max, before[1]))
+
+    try:
+        with pytest.raises(EngineStartError, match=f"cannot be prepared in .*{said}.*MILLRACE_VAR_DIR"):
+            converted(source, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_memory_that_is_short_is_not_taken_for_a_malformed_file(tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "tiny.gguf", tiny_model(tmp_path / "hf") / "model.safetensors")
+
+    def be_short(fraction: float) -> None:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        convert_gguf(source, tmp_path, {}, be_short)
 
 
 def test_a_list_of_a_damaged_length_is_refused_at_once(tmp_path: Path) -> None:
