@@ -1,9 +1,10 @@
 """The text side of a model directory: tokenizer, template, end tokens and sampling defaults. No torch."""
 
+import functools
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from gpu_worker.engine import EngineStartError
 from gpu_worker.torch_engine import tokenizing
 from gpu_worker.torch_engine.chat_template import ChatTemplate, TemplateError
 from gpu_worker.torch_engine.detokenizer import byte_fallback_bytes, byte_level_bytes
-from gpu_worker.torch_engine.respelling import respell
+from gpu_worker.torch_engine.respelling import literal, respell
 from gpu_worker.torch_engine.sampling import parse_defaults
 from gpu_worker.torch_engine.special_tokens import parse_special_tokens
 
@@ -63,11 +64,19 @@ class TextModel:
 
     def respell(self, shown: str) -> list[int] | None:
         """Tokens whose text is exactly this, as it stands behind a prompt; None if this model has none."""
-        return respell(shown, lambda text: self.encode(text, special=False), self._spellable)
+        return respell(shown, _encode_with(self.tokenizer), lambda: _encode_with(self._literal), self._spellable)
+
+    @functools.cached_property
+    def _literal(self) -> Tokenizer:
+        return literal(self.tokenizer)
 
     def too_many(self, text: str, tokens_max: int) -> int | None:
         """How many tokens a text has at least that surely does not fit, as far as its beginning shows that."""
         return tokenizing.hopeless(self.tokenizer, text, tokens_max)
+
+
+def _encode_with(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    return functools.partial(tokenizing.encode, tokenizer, special=False)
 
 
 def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """An answer that goes on from its text alone has tokens that spell it, where it can the ones its model would draw."""
 
 import random
+from collections.abc import Callable
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from gpu_worker.torch_engine.detokenizer import byte_fallback_bytes, byte_level_bytes
-from gpu_worker.torch_engine.respelling import respell
+from gpu_worker.torch_engine.respelling import literal, respell
 from tests.torch_engine.test_gguf_tokenizer import TOKENIZER
 from tests.torch_engine.tiny import SPECIAL, tiny_tokenizer
 
@@ -53,9 +54,17 @@ def table(tokenizer: Tokenizer) -> list[bytes]:
 TABLES = {kind: table(tokenizer) for kind, tokenizer in TOKENIZERS.items()}
 
 
+def encode_with(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def spelled(text: str, tokenizer: Tokenizer, known: list[bytes]) -> list[int] | None:
+    return respell(text, encode_with(tokenizer), lambda: encode_with(literal(tokenizer)), known)
+
+
 def respelled(kind: str, text: str) -> list[str]:
     tokenizer = TOKENIZERS[kind]
-    found = respell(text, lambda text: tokenizer.encode(text, add_special_tokens=False).ids, TABLES[kind])
+    found = spelled(text, tokenizer, TABLES[kind])
     assert found is not None
     assert b"".join(TABLES[kind][token] for token in found) == text.encode()
     return [str(tokenizer.id_to_token(token)) for token in found]
@@ -84,12 +93,29 @@ def test_whatever_was_shown_is_spelled_to_the_byte(kind: str) -> None:
         respelled(kind, "".join(chance.choices(parts, k=chance.randrange(1, 9))))
 
 
+@pytest.mark.parametrize("odd", ["e\u0301", "<|im_end|>"])
+def test_what_a_tokenizer_reads_otherwise_costs_its_neighbours_nothing(odd: str) -> None:
+    """Where it comes with every word, as accents of Vietnamese do, text in halves would end at letters."""
+    words = respelled("nfc", f"the{odd} and" * 50)
+
+    assert words.count("the") == words.count("Ġand") == 50
+
+
+def test_a_text_that_is_read_as_it_was_written_needs_no_second_tokenizer() -> None:
+    """It is a copy, which takes tenths of a second in which nothing else runs."""
+
+    def too_early() -> Callable[[str], list[int]]:
+        raise AssertionError
+
+    assert respell("the and", encode_with(TOKENIZERS["nfc"]), too_early, TABLES["nfc"]) is not None
+
+
 def test_a_token_without_an_embedding_spells_nothing() -> None:
     tokenizer = tiny_tokenizer()
     known = table(tokenizer)
     tokenizer.add_tokens([AddedToken("<tool>", special=False)])
 
-    found = respell("a<tool>", lambda text: tokenizer.encode(text).ids, known)
+    found = spelled("a<tool>", tokenizer, known)
 
     assert found is not None and max(found) < len(known)
 
@@ -97,4 +123,4 @@ def test_a_token_without_an_embedding_spells_nothing() -> None:
 def test_what_a_model_cannot_spell_is_said() -> None:
     tokenizer = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
 
-    assert respell("ab", lambda text: tokenizer.encode(text).ids, [b"a"]) is None
+    assert spelled("ab", tokenizer, [b"a"]) is None
