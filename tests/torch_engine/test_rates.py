@@ -197,9 +197,9 @@ def test_however_slow_a_prompt_gets_on():
     assert budget(known, ANSWERS, [(0, 2000)]) == SHORTEST
 
 
-@pytest.mark.parametrize("answers", [1, 4, 16])
+@pytest.mark.parametrize("answers", [1, 16])
 @pytest.mark.parametrize("noise", [0.0, 0.03, 0.1])
-@pytest.mark.parametrize("chunk_s", [0.0003, 0.0009, 0.00095, 0.001, 0.00105, 0.0011, 0.00115, 0.0025, 0.005])
+@pytest.mark.parametrize("chunk_s", [0.0003, 0.00095, 0.00105, 0.00115, 0.0025])
 def test_whatever_a_chunk_costs_a_prompt_gets_on(chunk_s: float, noise: float, answers: int):
     """Also where that is nearly, just or more than all that was promised: not two thousand chunks of one token."""
     start, token, _, read, score = GRAPHS
