@@ -24,7 +24,7 @@ import torch
 from gpu_worker.engine import End, EngineInfo, EngineLoad, GenerateRequest, Piece
 from gpu_worker.torch_engine.assembly import Assembled, assemble
 from gpu_worker.torch_engine.config import TorchEngineConfig
-from gpu_worker.torch_engine.core import EngineCore, outgrows
+from gpu_worker.torch_engine.core import EngineCore
 from gpu_worker.torch_engine.prompt import Answer, prepare
 
 log = logging.getLogger(__name__)
@@ -179,11 +179,8 @@ class TorchEngine:
                 return
             outcome = prepare(request, assembled.text, context_max=assembled.context)
             if isinstance(outcome, End):
-                outgrown = outcome.error_code == "context_length_exceeded"
-                self._post_end(request, msgspec.structs.replace(outcome, outgrown=outgrown))
+                self._post_end(request, outcome)
             else:
-                sequence = outcome.sequence
-                sequence.outgrows = outgrows(sequence.prompt_len, request.job.max_tokens, assembled.context)
                 self._post(request, outcome)
 
     def _post(self, request: GenerateRequest, answer: Answer) -> None:

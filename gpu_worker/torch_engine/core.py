@@ -249,11 +249,6 @@ def context_max(config_context: int, pool_tokens: int) -> int:
     return min(config_context, pool_tokens)
 
 
-def outgrows(prompt_len: int, max_tokens: int | None, context: int) -> bool:
-    """Whether the context is what ends an answer that does not end by itself."""
-    return max_tokens is None or prompt_len + max_tokens > context
-
-
 def _both(first: StepReport, second: StepReport) -> StepReport:
     return StepReport(
         first.pieces + second.pieces,

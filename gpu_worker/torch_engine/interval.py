@@ -26,8 +26,8 @@ class OwnInterval:
         """Whether the next step should be without prompts, if there are answers that were promised something."""
         return self._mixed >= EVERY
 
-    def observe(self, load: Load, seconds: float) -> None:
-        """A step with answers, which `step_time` has seen."""
+    def observe(self, load: Load, seconds: float) -> bool:
+        """A step with answers, which `step_time` has seen. Whether the machine's speed has changed since the last."""
         changed, self._changes = self._step_time.changes > self._changes, self._step_time.changes
         if not load.chunks:
             self._mixed = 0
@@ -37,6 +37,7 @@ class OwnInterval:
             self._alone.clear()
         else:
             self._mixed += 1
+        return changed
 
     def seconds(self, answers: Load) -> float:
         """For these answers, which need not be those that were measured."""

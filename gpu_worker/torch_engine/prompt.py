@@ -15,6 +15,8 @@ from gpu_worker.torch_engine.logprob_trail import LogprobTrail, TokenScores
 from gpu_worker.torch_engine.sequence import Sequence
 from gpu_worker.torch_engine.text_model import TextModel
 
+TOO_LONG = "context_length_exceeded"  # OpenAI's word
+
 
 @dataclasses.dataclass
 class Answer:
@@ -55,7 +57,7 @@ def prepare(request: GenerateRequest, model: TextModel, *, context_max: int) -> 
         prompt = _prompt_tokens(request, model, context_max)
         _check_bias(request.job.sampling.logit_bias, model)
     except _Refused as refused:
-        return _client_error(refused.code, str(refused))
+        return _client_error(refused.code, str(refused), outgrown=refused.code == TOO_LONG)
     retokenised = bool(request.forced_text) and not request.forced_tokens
     try:
         forced, stream, ready = _shown_text(request, model) if retokenised else _shown_tokens(request, model)
@@ -67,6 +69,7 @@ def prepare(request: GenerateRequest, model: TextModel, *, context_max: int) -> 
         prompt_len=len(prompt),
         forced_len=len(forced),
         total_max=_total_max(len(prompt), request.job.max_tokens, context_max),
+        outgrows=outgrows(len(prompt), request.job.max_tokens, context_max),
         sampling=model.defaults.resolve(request.job, request.seed),
         ignore_eos=request.job.ignore_eos,
     )
@@ -151,10 +154,15 @@ def _check_bias(bias: tuple[tuple[int, float], ...], model: TextModel) -> None:
 
 def _too_long(context_max: int, tokens: str) -> _Refused:
     return _Refused(
-        "context_length_exceeded",
+        TOO_LONG,
         f"This model's maximum context length is {context_max} tokens. However, your messages resulted in {tokens}"
         " tokens. Please reduce the length of the messages.",
     )
+
+
+def outgrows(prompt_len: int, max_tokens: int | None, context_max: int) -> bool:
+    """Whether the context is what ends an answer that does not end by itself."""
+    return max_tokens is None or prompt_len + max_tokens > context_max
 
 
 def _total_max(prompt_len: int, max_tokens: int | None, context_max: int) -> int:
@@ -175,8 +183,8 @@ def _end_of_prefix(answer: Answer) -> End | None:
     return None
 
 
-def _client_error(code: str, message: str) -> End:
-    return End("error", error_code=code, error_message=message, fault="client")
+def _client_error(code: str, message: str, *, outgrown: bool) -> End:
+    return End("error", error_code=code, error_message=message, fault="client", outgrown=outgrown)
 
 
 def _node_error(code: str, message: str) -> End:

@@ -34,7 +34,6 @@ class Rates:
         self.step_time = StepTime()
         self._interval = OwnInterval(self.step_time)
         self._least = LeastChunk()
-        self._changes = 0  # of the machine's speed
         self.sequence_tokens = 512.0  # what a finished sequence held, for the capacity
         self._prompt_tokens = 0.0  # lately computed ones, those from the prefix cache left out ...
         self._prompt_s = 0.0  # ... and what they took
@@ -61,7 +60,8 @@ class Rates:
         load = load_of(decode, prefill)
         believed_s = self.step_time.observe(load, seconds)
         if decode:
-            self._interval.observe(load, seconds)
+            if self._interval.observe(load, seconds):
+                self._least.forget()
             self._observe_chunk(decode, sum(count for _, count in prefill), seconds)
             given = len(decode) if new_tokens is None else new_tokens
             self._row_tokens = _follow(self._row_tokens, given / len(decode))
@@ -87,9 +87,6 @@ class Rates:
         )
 
     def _observe_chunk(self, decode: Sequence[Piece], tokens: int, seconds: float) -> None:
-        if self.step_time.changes > self._changes:
-            self._changes = self.step_time.changes
-            self._least.forget()
         if tokens:
             interval_s = self._interval.seconds(load_of(decode))
             self._least.observe(tokens, max(seconds - interval_s, ADDED_LEAST * interval_s))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from gpu_worker.engine import End, GenerateRequest
-from gpu_worker.torch_engine.core import outgrows
+from gpu_worker.torch_engine.prompt import outgrows
 from tests.torch_engine.test_bridge import all_ended, collect, running
 from tests.torch_engine.tiny import Outcome, request
 
