@@ -16,7 +16,10 @@ from bus.ids import JobId, ModelName, NodeId, new_job_id
 from bus.jobs import ChatJob, Message
 from bus.keys import CellKeys
 from bus.link import Link, LinkError, Reader, ServerAddress, to_entry
+from bus.process.child import ParentLine
 from bus.settings import Settings
+from gpu_worker.engine import Engine
+from gpu_worker.worker import close_engine, serve
 from tests.conftest import wait_until
 
 # Times short enough for a test, long enough for a busy machine.
@@ -169,3 +172,20 @@ async def open_house(url: str, settings: Settings = SETTINGS) -> AsyncIterator[H
             running.cancel()
             with suppress(asyncio.CancelledError):
                 await running
+
+
+@asynccontextmanager
+async def serving(house: House, settings: Settings, engine: Engine) -> AsyncIterator[None]:
+    """A worker with this engine in this process; drained when the block is left."""
+    parent = ParentLine()
+    info = await engine.start()
+    running = asyncio.create_task(serve(settings, parent, ServerAddress.parse(settings.redis_url), engine, info))
+    try:
+        await house.wait_for_node(settings.node_id)
+        yield
+        parent.stop.set()
+        await asyncio.wait_for(asyncio.shield(running), 10)
+    finally:
+        running.cancel()
+        await asyncio.wait([running], timeout=5)
+        await close_engine(engine)

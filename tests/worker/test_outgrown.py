@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
@@ -12,18 +12,16 @@ from bus.cell import Cell
 from bus.codec.wire import Largest
 from bus.ids import JobId
 from bus.jobs import Sampling
-from bus.link import LinkDown, ServerAddress
-from bus.process.child import ParentLine
+from bus.link import LinkDown
 from gpu_worker.answer_log import TOO_MANY
 from gpu_worker.echo_engine import EchoEngine
 from gpu_worker.engine import End, Engine
 from gpu_worker.torch_engine.bridge import TorchEngine
-from gpu_worker.worker import close_engine, serve
 from tests.conftest import wait_until
 from tests.harness.proxies import fault_proxy
 from tests.harness.servers import ValkeyServer
 from tests.torch_engine.tiny import engine_config, tiny_model
-from tests.worker.house import SETTINGS, House, open_house
+from tests.worker.house import SETTINGS, House, open_house, serving
 from tests.worker.test_publisher import STORED, held, holding, piece, sent
 
 SMALL, BIG = 20, 100
@@ -37,21 +35,8 @@ async def house(server: ValkeyServer) -> AsyncIterator[House]:
         yield house
 
 
-@asynccontextmanager
-async def node(house: House, name: str, engine: Engine, url: str = "") -> AsyncIterator[None]:
-    settings = SETTINGS.changed(redis_url=url or house.url, node_id=name)
-    parent = ParentLine()
-    info = await engine.start()
-    running = asyncio.create_task(serve(settings, parent, ServerAddress.parse(settings.redis_url), engine, info))
-    try:
-        await house.wait_for_node(name)
-        yield
-        parent.stop.set()
-        await asyncio.wait_for(asyncio.shield(running), 10)
-    finally:
-        running.cancel()
-        await asyncio.wait([running], timeout=5)
-        await close_engine(engine)
+def node(house: House, name: str, engine: Engine, url: str = "") -> AbstractAsyncContextManager[None]:
+    return serving(house, SETTINGS.changed(redis_url=url or house.url, node_id=name), engine)
 
 
 def echo(context: int) -> EchoEngine:

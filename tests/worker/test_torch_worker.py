@@ -12,19 +12,16 @@ import pytest
 import torch
 
 from bus.codec.wire import NodeView
-from bus.link import ServerAddress
-from bus.process.child import ParentLine
 from bus.settings import Settings
 from gpu_worker.torch_engine.assembly import Assembled, assemble
 from gpu_worker.torch_engine.bridge import TorchEngine
 from gpu_worker.torch_engine.config import TorchEngineConfig
 from gpu_worker.torch_engine.plan import Plan
 from gpu_worker.torch_engine.runner import Flight, Result, Runner
-from gpu_worker.worker import close_engine, serve
 from tests.conftest import wait_until
 from tests.harness.servers import ValkeyServer
 from tests.torch_engine.tiny import tiny_model
-from tests.worker.house import SETTINGS, House, open_house
+from tests.worker.house import SETTINGS, House, open_house, serving
 
 STEP_S = 1.8  # longer than a lease of the house
 
@@ -82,18 +79,8 @@ async def torch_worker(house: House, model_dir: Path, **changes: object) -> Asyn
 
     config = dataclasses.replace(TorchEngineConfig.from_settings(settings, model_dir), prefix_cache=False)
     engine = TorchEngine(config, assemble=with_heavy_runner)
-    parent = ParentLine()
-    info = await engine.start()
-    running = asyncio.create_task(serve(settings, parent, ServerAddress.parse(house.url), engine, info))
-    try:
-        await house.wait_for_node("t1")
+    async with serving(house, settings, engine):
         yield runners[0]
-        parent.stop.set()
-        await asyncio.wait_for(asyncio.shield(running), 10)
-    finally:
-        running.cancel()
-        await asyncio.wait([running], timeout=5)
-        await close_engine(engine)
 
 
 async def node_when(house: House, holds: Callable[[NodeView], bool], timeout_s: float = 10.0) -> NodeView:
